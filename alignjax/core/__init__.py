@@ -1,0 +1,1 @@
+"""Types, protocols and small helpers that every other package may import."""

@@ -1,0 +1,67 @@
+"""Arrays and a mask -> reductions of the masked entries; whatever lies off mask is never read.
+
+Masking is by `where`, never by multiplying: nan * 0 is nan. The gradient off mask is exactly 0, and
+it is finite everywhere, an empty mask and a zero standard deviation included.
+"""
+
+import chex
+import jax.numpy as jnp
+from jax import Array
+
+Axis = int | tuple[int, ...] | None
+
+
+def sum(x: Array, where: Array, axis: Axis = None, *, keepdims: bool = False) -> Array:
+    """Sum of the entries under the mask; 0 if there are none.
+
+    Args:
+      x: float32 of any shape. Carries gradient. Off mask it may be anything, even inf or nan.
+      where: bool of the same shape; True on the entries that count.
+      axis: axis or axes to reduce; all by default.
+      keepdims: whether reduced axes stay with length 1.
+    Returns:
+      float32, reduced over `axis`.
+    Raises:
+      AssertionError: at trace time, if the shapes differ or `where` is not bool.
+    """
+    chex.assert_equal_shape([x, where])
+    chex.assert_type(where, bool)
+    return jnp.sum(jnp.where(where, x, 0.0), axis, dtype=jnp.float32, keepdims=keepdims)
+
+
+def mean(x: Array, where: Array, axis: Axis = None, *, keepdims: bool = False) -> Array:
+    """Mean of the entries under the mask; 0 if there are none. Arguments as in `sum`."""
+    count = jnp.sum(where, axis, dtype=jnp.float32, keepdims=keepdims)
+    return sum(x, where, axis, keepdims=keepdims) / jnp.maximum(count, 1.0)
+
+
+def std(
+    x: Array, where: Array, axis: Axis = None, *, ddof: int = 0, keepdims: bool = False
+) -> Array:
+    """Standard deviation of the entries under the mask; 0 if there are no more than `ddof`.
+
+    Arguments as in `sum`; the sum of squared deviations is divided by (count - ddof). Two passes,
+    so that a large mean costs no precision.
+    """
+    count = jnp.sum(where, axis, dtype=jnp.float32, keepdims=keepdims)
+    deviation = x - mean(x, where, axis, keepdims=True)
+    square = (
+        jnp.where(where, deviation, 0.0) ** 2
+    )  # mask before squaring: inf ** 2 has a nan gradient
+    freedom = count - ddof
+    variance = sum(square, where, axis, keepdims=keepdims) / jnp.maximum(freedom, 1.0)
+    is_spread = (variance > 0.0) & (freedom > 0.0)
+    # The square root has an infinite slope at 0: it must never see one.
+    return jnp.where(is_spread, jnp.sqrt(jnp.where(is_spread, variance, 1.0)), 0.0)
+
+
+def max(x: Array, where: Array, axis: Axis = None, *, keepdims: bool = False) -> Array:
+    """Maximum of the entries under the mask; -inf if there are none. Arguments as in `sum`."""
+    chex.assert_equal_shape([x, where])
+    chex.assert_type(where, bool)
+    return jnp.max(jnp.where(where, x, -jnp.inf), axis, keepdims=keepdims)
+
+
+def min(x: Array, where: Array, axis: Axis = None, *, keepdims: bool = False) -> Array:
+    """Minimum of the entries under the mask; inf if there are none. Arguments as in `sum`."""
+    return -max(-x, where, axis, keepdims=keepdims)

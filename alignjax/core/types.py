@@ -1,0 +1,158 @@
+"""The nouns of the library: sums with their weights, prompts, completions, sampling settings.
+
+Nothing here imports jax at run time, so that text, data and rewards can use it without a device.
+Shape letters everywhere: B batch, T time, V vocabulary, D hidden size, G samples of one prompt,
+R rows of one micro-batch, M micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jax import Array
+
+Params = Mapping[str, Any]
+"""A nested dict of arrays: the weights of one model."""
+
+
+class Weighted(NamedTuple):
+    """A sum and the weight to divide it by, kept apart until the global batch is complete.
+
+    Adding two of them is exact however a batch is split over micro-batches and devices; a mean of
+    means is not. Only `train.step` divides.
+    """
+
+    total: Array
+    """[] float32; sum of the terms. Carries gradient."""
+    weight: Array
+    """[] float32; number of tokens, sequences or pairs. Carries no gradient."""
+
+
+class Maximum(NamedTuple):
+    """A running maximum, merged over micro-batches with `max`."""
+
+    value: Array
+
+
+class Minimum(NamedTuple):
+    """A running minimum, merged over micro-batches with `min`."""
+
+    value: Array
+
+
+STOP, LENGTH = 0, 1
+"""Finish reasons: a stop token was sampled (and kept); the limit on tokens was reached."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. All but `num_samples` and `max_tokens` are traced: no change recompiles.
+
+    Attributes:
+      temperature: dimensionless, >= 0; divides the logits; 0 takes the most likely token.
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: keep the smallest set of tokens with at least this probability, in (0, 1].
+      max_tokens: largest number of tokens to sample, the stop token included.
+      stop_tokens: ids that end a completion; the one sampled is kept and counted.
+      num_samples: completions for each prompt (G).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_tokens: int = 128
+    stop_tokens: tuple[int, ...] = ()
+    num_samples: int = 1
+
+
+class Completions(NamedTuple):
+    """What was sampled, on the host. Row i * G + g is sample g of prompt i."""
+
+    tokens: np.ndarray
+    """[B * G, C] int32, right-padded; the sampled stop token is the last real one."""
+    lengths: np.ndarray
+    """[B * G] int32; number of real tokens, stop token included. Masks are by length, not by id."""
+    logps: np.ndarray
+    """[B * G, C] float32, nats; log-prob of each sampled token under the distribution it was drawn
+    from (temperature, top-k and top-p applied; at temperature 0, that of temperature 1). 0 off
+    length."""
+    finish_reasons: np.ndarray
+    """[B * G] int8; STOP or LENGTH."""
+
+
+class GenerateFn(Protocol):
+    """Token ids and lengths in, token ids, lengths, log-probs and finish reasons out."""
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: np.ndarray,
+        lengths: np.ndarray,
+        key: Array,
+        sampling: Sampling,
+    ) -> Completions:
+        """Samples G completions of each prompt.
+
+        Args:
+          params: weights of the model the function was made for.
+          prompts: [B, P] int32, right-padded with anything.
+          lengths: [B] int32; number of real tokens of each prompt, at least 1.
+          key: PRNG key; the same key gives the same samples.
+          sampling: how to sample.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion as text, with what a reward function may look at."""
+
+    prompt: str
+    completion: str
+    reference: Any = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    num_tokens: int = 0
+    """Length of the completion in tokens, stop token included."""
+    is_truncated: bool = False
+    """True if the limit on tokens, not a stop token, ended it."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The reward of one sample, or why there is none."""
+
+    value: float | None
+    """None if the reward function failed: the sample is left out, never trained on as a zero."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+class ScoreFn(Protocol):
+    """Samples in, one score for each out, in order; never raises because of a sample."""
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Score]: ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text <-> token ids. `encode` adds no special token of its own, ever."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text; special tokens spelled out in the text become their ids."""
+        ...
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
+
+    def save(self, path: str) -> None:
+        """Writes the files that `text.load_tokenizer` reads into the directory `path`."""
+        ...

@@ -1,0 +1,42 @@
+"""Log-probs under the policy and the reference -> estimates of KL(policy || ref), per token.
+
+Each estimates sum_x p(x) log(p(x) / ref(x)) from one token x that the policy sampled, with
+d = log p(x) - log ref(x). Source of all three: J. Schulman, "Approximating KL Divergence" (2020).
+"""
+
+from jax import Array
+
+from alignjax.losses.ratio import capped_exp, token_log_ratio
+
+
+def k1(logp: Array, ref_logp: Array, mask: Array) -> Array:
+    """Per-token estimate d. Unbiased, of either sign; as an on-policy loss its mean gradient is 0.
+
+    Args:
+      logp: [B, T] float32, nats; log-prob of the sampled token under the policy. Carries gradient.
+      ref_logp: [B, T] float32, nats; the same under the reference. Gradient stopped.
+      mask: [B, T] bool; True on completion tokens. Elsewhere inputs may be anything, even inf.
+    Returns:
+      [B, T] float32, nats, exactly 0 off mask.
+    Raises:
+      AssertionError: at trace time, on a rank, shape or dtype other than the above.
+    """
+    return token_log_ratio(logp, ref_logp, mask)
+
+
+def k2(logp: Array, ref_logp: Array, mask: Array) -> Array:
+    """Per-token estimate d^2 / 2. Biased; its on-policy gradient is that of the exact KL.
+
+    Arguments, result and errors as in `k1`.
+    """
+    return 0.5 * token_log_ratio(logp, ref_logp, mask) ** 2
+
+
+def k3(logp: Array, ref_logp: Array, mask: Array) -> Array:
+    """Per-token estimate exp(-d) - 1 + d. Unbiased and >= 0; its on-policy gradient is biased.
+
+    Arguments, result and errors as in `k1`. The exponential stops at exp(20). GRPO's penalty:
+    arXiv:2402.03300 eq. 4.
+    """
+    d = token_log_ratio(logp, ref_logp, mask)
+    return capped_exp(-d) - 1.0 + d

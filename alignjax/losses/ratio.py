@@ -1,0 +1,34 @@
+"""Two log-probs of a token -> their difference and its exponential, finite whatever comes in."""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+MAX_LOG = 20.0
+"""Nats. A ratio above exp(20) = 4.9e8 is a fault of its inputs; float32 overflows at exp(88)."""
+
+
+def token_log_ratio(logp: Array, other_logp: Array, mask: Array) -> Array:
+    """Per-token log-ratio logp - other_logp.
+
+    Args:
+      logp: [B, T] float32, nats; log-prob of the token under the policy. Carries gradient.
+      other_logp: [B, T] float32, nats; the same under another policy. Gradient stopped.
+      mask: [B, T] bool; True on completion tokens. Elsewhere inputs may be anything, even inf or
+        nan.
+    Returns:
+      [B, T] float32, nats, exactly 0 off mask.
+    Raises:
+      AssertionError: at trace time, on a rank, shape or dtype other than the above.
+    """
+    chex.assert_rank([logp, other_logp, mask], 2)
+    chex.assert_equal_shape([logp, other_logp, mask])
+    chex.assert_type([logp, other_logp, mask], [jnp.float32, jnp.float32, bool])
+    # Mask before any exponential: inf * 0 is nan in the gradient.
+    return jnp.where(mask, logp - jax.lax.stop_gradient(other_logp), 0.0)
+
+
+def capped_exp(x: Array) -> Array:
+    """exp(min(x, MAX_LOG)): beyond the cap the value is exp(MAX_LOG) and the gradient 0."""
+    return jnp.exp(jnp.where(x < MAX_LOG, x, MAX_LOG))

@@ -1,0 +1,302 @@
+"""Chunked log-probs against loops in float64, and what they must never do: hold [B, T, V]."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alignjax.losses import logprob, next_token_logps
+
+B, T, D, V = 8, 13, 6, 18
+TAU = 0.7
+
+
+def oracle(hidden, unembedding, tokens, mask, tau, g_logps, g_entropies):
+    """Loops over the definition, and the textbook derivatives of
+    L = sum(g_logps * logps) + sum(g_entropies * entropies):
+    d log p_y / d z = onehot(y) - p,  d H / d z = -p (log p + H),  z = hidden @ unembedding / tau.
+    """
+    h, w = np.asarray(hidden, np.float64), np.asarray(unembedding, np.float64)
+    logps, entropies, is_argmax = np.zeros(mask.shape), np.zeros(mask.shape), np.zeros(mask.shape)
+    d_h, d_w = np.zeros(h.shape), np.zeros(w.shape)
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        if t == 0:
+            continue
+        x, y = h[b, t - 1], tokens[b, t]
+        z = x @ w / tau
+        log_p = z - z.max() - np.log(np.exp(z - z.max()).sum())
+        p = np.exp(log_p)
+        entropy = -(p * log_p).sum()
+        logps[b, t], entropies[b, t], is_argmax[b, t] = log_p[y], entropy, z.argmax() == y
+        d_z = g_logps[b, t] * (np.eye(len(z))[y] - p) - g_entropies[b, t] * p * (log_p + entropy)
+        d_h[b, t - 1] = w @ d_z / tau
+        d_w += np.outer(x, d_z) / tau
+    return logps, entropies, is_argmax.astype(bool), d_h, d_w
+
+
+def batch(seed=0, shape=(B, T), dim=D, vocab=V, dirty=True):
+    """Random ragged rows, one with all targets, one with none; dirt on what must not matter."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(*shape, dim)).astype(np.float32)
+    unembedding = rng.normal(size=(dim, vocab)).astype(np.float32)
+    tokens = rng.integers(0, vocab, shape).astype(np.int32)
+    mask = rng.random(shape) < 0.4
+    mask[1], mask[2 % len(mask)] = True, False
+    grads = rng.normal(size=(2, *shape)).astype(np.float32)
+    if dirty:
+        on = mask.copy()
+        on[:, 0] = False
+        tokens[~on] = rng.choice([-7, vocab, 10**6], (~on).sum())
+        hidden[~np.roll(on, -1, axis=1)] = np.nan
+        hidden[0, -1] = np.inf
+    return hidden, unembedding, tokens, mask, grads
+
+
+def scalar(hidden, unembedding, tokens, mask, grads, **options):
+    """Weighted sum of all that is differentiable: its gradients test every path of the backward."""
+    out = next_token_logps(hidden, unembedding, tokens, mask, with_entropy=True, **options)
+    return jnp.sum(out.logps * grads[0]) + jnp.sum(out.entropies * grads[1]), out
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 13, 100, None])
+def test_values_and_gradients_against_loops(chunk_size):
+    hidden, unembedding, tokens, mask, grads = batch()
+    expected = oracle(hidden, unembedding, tokens, mask, TAU, *grads)
+
+    def loss(h, w):
+        return scalar(h, w, tokens, mask, grads, temperature=TAU, chunk_size=chunk_size)
+
+    (d_h, d_w), out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(hidden, unembedding)
+    np.testing.assert_allclose(out.logps, expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out.entropies, expected[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(out.is_argmax, expected[2])
+    np.testing.assert_allclose(d_h, expected[3], rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(d_w, expected[4], rtol=1e-5, atol=5e-6)
+    assert expected[2].any() and out.logps.dtype == out.entropies.dtype == jnp.float32
+    off = ~mask
+    off[:, 0] = True
+    for x in (out.logps, out.entropies, out.is_argmax, np.roll(d_h, 1, axis=1).any(-1)):
+        assert (np.asarray(x)[off] == 0).all(), "exactly 0 off mask"
+
+
+def test_the_oracles_gradients_against_finite_differences():
+    hidden, unembedding, tokens, mask, grads = batch(dirty=False)
+    rng, step = np.random.default_rng(9), 1e-5
+
+    def value(h, w):
+        logps, entropies, *_ = oracle(h, w, tokens, mask, TAU, *grads)
+        return (logps * grads[0]).sum() + (entropies * grads[1]).sum()
+
+    *_, d_h, d_w = oracle(hidden, unembedding, tokens, mask, TAU, *grads)
+    a, c = rng.normal(size=hidden.shape), rng.normal(size=unembedding.shape)
+    h, w = hidden.astype(np.float64), unembedding.astype(np.float64)
+    slope_h = (value(h + step * a, w) - value(h - step * a, w)) / (2 * step)
+    slope_w = (value(h, w + step * c) - value(h, w - step * c)) / (2 * step)
+    np.testing.assert_allclose([(d_h * a).sum(), (d_w * c).sum()], [slope_h, slope_w], rtol=1e-6)
+
+
+def test_equal_to_the_naive_version():
+    hidden, unembedding, tokens, mask, grads = batch(dirty=False)
+    mask[:, 0] = False
+
+    def naive(h, w):
+        log_p = jax.nn.log_softmax(h[:, :-1] @ w, axis=-1)
+        logps = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=2)[..., 0]
+        entropies = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+        on = mask[:, 1:]
+        return jnp.sum(grads[:, :, 1:] * jnp.where(on, jnp.stack([logps, entropies]), 0))
+
+    def ours(h, w):
+        return scalar(h, w, tokens, mask, grads, chunk_size=3)[0]
+
+    args = hidden, unembedding
+    for a, b in zip(
+        jax.tree.leaves(jax.jit(jax.value_and_grad(ours, (0, 1)))(*args)),
+        jax.tree.leaves(jax.jit(jax.value_and_grad(naive, (0, 1)))(*args)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_shift_by_hand():
+    # A predictor says 4 * onehot(w): w is next, and its log-prob stands where the next token is.
+    said = jnp.array([[2, 0, 1, 1]])
+    tokens = jnp.array([[0, 2, 0, 0]])
+    out = next_token_logps(
+        4.0 * jax.nn.one_hot(said, 3), jnp.eye(3), tokens, jnp.ones((1, 4), bool), with_entropy=True
+    )
+    total = np.log(np.exp(4) + 2)
+    np.testing.assert_allclose(out.logps, [[0, 4 - total, 4 - total, -total]], rtol=1e-5)
+    np.testing.assert_allclose(
+        out.entropies, [[0, *[total - 4 * np.exp(4 - total)] * 3]], rtol=1e-5
+    )
+    assert out.is_argmax.tolist() == [[False, True, True, False]]
+    assert next_token_logps(jnp.ones((1, 4, 3)), jnp.eye(3), tokens, said > 0).entropies is None
+
+
+def test_extreme_logits_and_rows_without_targets():
+    hidden, unembedding, tokens, mask, grads = batch()
+    expected = oracle(hidden * 1e6, unembedding, tokens, mask, 1.0, *grads)
+
+    def loss(h, w):
+        return scalar(h, w, tokens, mask, grads, chunk_size=4)
+
+    (d_h, d_w), out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(hidden * 1e6, unembedding)
+    np.testing.assert_allclose(out.logps, expected[0], rtol=1e-4, atol=4.0)
+    for x in (out.logps, out.entropies, d_h, d_w):
+        assert jnp.isfinite(x).all()
+    nothing = jnp.zeros((B, T), bool)
+    d_h, d_w = jax.grad(lambda h, w: scalar(h, w, tokens, nothing, grads)[0], (0, 1))(
+        jnp.full((B, T, D), jnp.nan), unembedding
+    )
+    assert (d_h == 0).all() and (d_w == 0).all()
+
+
+def test_bfloat16_is_summed_in_float32():
+    hidden, unembedding, tokens, mask, grads = batch(seed=1)
+    h, w = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(unembedding, jnp.bfloat16)
+    expected = oracle(h, w, tokens, mask, 1.0, *grads)
+
+    def loss(h, w):
+        return scalar(h, w, tokens, mask, grads, chunk_size=2)
+
+    (d_h, d_w), out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(h, w)
+    np.testing.assert_allclose(out.logps, expected[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out.entropies, expected[1], rtol=1e-5, atol=1e-5)
+    assert d_h.dtype == d_w.dtype == jnp.bfloat16 and out.logps.dtype == jnp.float32
+    np.testing.assert_allclose(np.float32(d_h), expected[3], rtol=0.03, atol=0.03)
+    np.testing.assert_allclose(np.float32(d_w), expected[4], rtol=0.03, atol=0.06)
+
+
+def test_gradient_of_a_bfloat16_unembedding_does_not_stall():
+    # 1,024 equal terms: a bfloat16 sum would stop growing after about 256 of them.
+    ones = jnp.ones((1, 1025, 1), jnp.bfloat16)
+    tokens, mask = jnp.zeros((1, 1025), jnp.int32), jnp.ones((1, 1025), bool)
+
+    def loss(w):
+        return next_token_logps(ones, w, tokens, mask, chunk_size=1).logps.sum()
+
+    grad = jax.jit(jax.grad(loss))(jnp.zeros((1, 2), jnp.bfloat16))
+    assert grad.tolist() == [[512.0, -512.0]]
+
+
+def test_temperature_is_traced():
+    hidden, unembedding, tokens, mask, grads = batch()
+    loss = jax.jit(lambda tau: scalar(hidden, unembedding, tokens, mask, grads, temperature=tau)[0])
+    for tau in (0.5, 1.0, 2.0):
+        logps, entropies, *_ = oracle(hidden, unembedding, tokens, mask, tau, *grads)
+        expected = (grads[0] * logps).sum() + (grads[1] * entropies).sum()
+        np.testing.assert_allclose(loss(tau), expected, rtol=1e-5)
+    assert loss._cache_size() == 1
+    assert jax.grad(loss)(0.5) == 0
+
+
+def arrays(jaxpr):
+    """Shapes of everything that is computed, at any depth."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
+        for inner in jaxprs_in_params(equation.params):
+            yield from arrays(inner)
+
+
+def test_no_array_of_all_logits_exists():
+    time, dim, vocab, chunk = 64, 5, 509, 4
+    hidden, unembedding, tokens, mask, grads = batch(0, (3, time), dim, vocab)
+
+    def loss(h, w):
+        return scalar(h, w, tokens, mask, grads, chunk_size=chunk)[0]
+
+    grad = jax.grad(loss, (0, 1))
+    shapes = set(arrays(jax.make_jaxpr(grad)(hidden, unembedding).jaxpr))
+    with_vocab = {s for s in shapes if vocab in s}
+    assert (3, chunk, vocab) in with_vocab
+    assert max(int(np.prod(s)) for s in with_vocab) == 3 * chunk * vocab
+    temporaries = jax.jit(grad).lower(hidden, unembedding).compile().memory_analysis()
+    assert temporaries.temp_size_in_bytes < 0.5 * 3 * time * vocab * 4
+
+
+def test_chunks_without_a_target_are_skipped(monkeypatch):
+    seen = []
+    product = logprob._logits
+
+    def spy(hidden, unembedding):
+        jax.debug.callback(lambda: seen.append(hidden.shape[1]))
+        return product(hidden, unembedding)
+
+    monkeypatch.setattr(logprob, "_logits", spy)
+    hidden, unembedding, tokens, _, grads = batch(dirty=False)
+    late = np.zeros((B, T), bool)
+    late[:, -3:] = True  # prompts of 10 tokens, completions of 3
+    late[2, 5:7] = True  # and one row with 5 targets in two places
+
+    def loss(h):
+        return scalar(h, unembedding, tokens, late, grads, chunk_size=4)[0]
+
+    jax.block_until_ready(jax.grad(loss)(hidden))
+    jax.effects_barrier()
+    assert seen == [4] * 4  # 5 targets at most in a row: 2 chunks of 4, forward and backward
+
+
+def test_the_same_on_eight_devices():
+    devices = jax.devices()[:8]
+    assert len(devices) == 8
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), (AxisType.Auto,) * 2, devices=devices)
+    rows, columns = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "tensor"))
+    hidden, unembedding, tokens, mask, grads = batch()
+
+    def loss(h, w, tokens, mask, g_logps, g_entropies):
+        return scalar(h, w, tokens, mask, (g_logps, g_entropies), chunk_size=4)
+
+    grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    args = hidden, unembedding, tokens, mask, *grads
+    one = grad(*args)
+    spread = [jax.device_put(x, columns if i == 1 else rows) for i, x in enumerate(args)]
+    compiled = grad.lower(*spread).compile()
+    many = compiled(*spread)
+    for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    d_hidden, d_unembedding = many[1]
+    assert d_hidden.sharding.is_equivalent_to(rows, 3)
+    assert d_unembedding.sharding.is_equivalent_to(columns, 2)
+    # Neither the batch nor the vocabulary is ever gathered or moved: only sums are exchanged.
+    for operation in ("all-gather", "all-to-all", "collective-permute"):
+        assert operation not in compiled.as_text()
+
+
+def test_gradient_accumulation_by_scan():
+    hidden, unembedding, tokens, mask, grads = batch()
+
+    def loss(w, h, tokens, mask, grads):
+        return scalar(h, w, tokens, mask, grads, chunk_size=4)[0]
+
+    def accumulate(w, micro):
+        def body(total, rows):
+            return total + jax.grad(loss)(w, *rows), None
+
+        return jax.lax.scan(body, jnp.zeros_like(w), micro)[0]
+
+    whole = jax.jit(jax.grad(loss))(unembedding, hidden, tokens, mask, grads)
+    micro = [x.reshape(4, 2, *x.shape[1:]) for x in (hidden, tokens, mask)]
+    split = jax.jit(accumulate)(unembedding, (*micro, grads.reshape(2, 4, 2, T).swapaxes(0, 1)))
+    np.testing.assert_allclose(split, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_errors():
+    h, w, tokens = jnp.ones((2, 4, 3)), jnp.ones((3, 5)), jnp.zeros((2, 4), jnp.int32)
+    on = tokens == 0
+    with pytest.raises(ValueError, match="temperature=0"):
+        next_token_logps(h, w, tokens, on, temperature=0)
+    with pytest.raises(ValueError, match="chunk_size=0"):
+        next_token_logps(h, w, tokens, on, chunk_size=0)
+    for args in (
+        (h, w.T, tokens, on),
+        (h, w, tokens[:, :3], on),
+        (h, w, tokens, tokens),
+        (h, w, on, on),
+        (h[0], w, tokens, on),
+    ):
+        with pytest.raises(AssertionError):
+            next_token_logps(*args)
