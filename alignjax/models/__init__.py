@@ -1,0 +1,7 @@
+"""One decoder: its configuration, its pure functions, Hugging Face directories in and out."""
+
+from alignjax.models.config import ModelConfig
+from alignjax.models.hf import load, save
+from alignjax.models.transformer import Model
+
+__all__ = ["Model", "ModelConfig", "load", "save"]

@@ -1,0 +1,195 @@
+"""Tokens -> hidden states: the decoder, as pure functions of its parameters.
+
+Flax NNX modules describe one layer and the two ends; here alone they are split into a description
+and arrays. Layers are stacked on a leading axis and scanned, so that the program, and the time to
+compile it, is the same for 2 layers and for 80.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from alignjax.core.precision import matmul_precision
+from alignjax.models.attention import Attention, Cache, LayerCache, visible
+from alignjax.models.config import ModelConfig
+from alignjax.models.layers import MLP, Ends, RMSNorm, rope_angles
+
+if TYPE_CHECKING:
+    from alignjax.core.types import Params
+
+
+class Layer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(
+        self, x: Array, angles: tuple[Array, Array], mask: Array, cache: LayerCache | None
+    ) -> tuple[Array, LayerCache | None]:
+        mixed, cache = self.attention(self.attention_norm(x), angles, mask, cache)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+@functools.cache
+def _abstract(module: Callable[..., nnx.Module], config: ModelConfig) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: module(config, nnx.Rngs(0))))
+
+
+@dataclass(frozen=True)
+class _Pure:
+    """A module class as pure functions: the one place where NNX modules are split and merged."""
+
+    module: Callable[[ModelConfig, nnx.Rngs], nnx.Module]
+    config: ModelConfig
+
+    def init(self, key: Array) -> dict[str, Any]:
+        return nnx.to_pure_dict(nnx.split(self.module(self.config, nnx.Rngs(key)))[1])
+
+    def bind(self, params: Params) -> Any:
+        return nnx.merge(_abstract(self.module, self.config)[0], params)
+
+    def logical_axes(self) -> dict[str, Any]:
+        params = _abstract(self.module, self.config)[1]
+        return nnx.to_pure_dict(params, lambda param: param.logical_axes)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder: hashable, without arrays, a bundle of pure functions of `params`.
+
+    Attributes:
+      config: shape and mathematics.
+      compute_dtype: of the matmuls; parameters are float32 and cast at use. Norms, the softmax and
+        logits are float32 always.
+      remat: recompute each layer in the backward pass, keeping only its input; else the outputs of
+        its projections are kept too.
+    """
+
+    config: ModelConfig
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"compute_dtype={self.compute_dtype!r} is unknown; use 'float32' or 'bfloat16'"
+            )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def init(self, key: Array) -> dict[str, Any]:
+        """Key -> nested dict of float32 arrays; those under "layers" have a leading axis L."""
+        ends_key, layers_key = jax.random.split(key)
+        layer_keys = jax.random.split(layers_key, self.config.num_layers)
+        return {**self._ends.init(ends_key), "layers": jax.vmap(self._layer.init)(layer_keys)}
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Array,
+        segment_ids: Array,
+        positions: Array,
+        cache: Cache | None = None,
+    ) -> tuple[Array, Cache | None]:
+        """Final-normed hidden states of each token, and the cache with the tokens added to it.
+
+        A query sees the keys of its own segment in its own slot or before. Without a cache, slots
+        are the T of the call; with one, they are those of the cache, where the T tokens go to
+        `cache.index` and on. Writing past `max_len` is the caller's mistake and is not detected.
+
+        Args:
+          params: as `init` makes them.
+          tokens: [B, T] int32; any id on padding.
+          segment_ids: [B, T] int32; 0 on padding.
+          positions: [B, T] int32, of the rotary embedding; any value on padding.
+        Returns:
+          hidden [B, T, D] of the compute dtype, finite everywhere, of no meaning on padding;
+          the cache (None if None was given).
+        """
+        config, dtype = self.config, jnp.dtype(self.compute_dtype)
+        ends = self._ends.bind({name: params[name] for name in params if name != "layers"})
+        x = ends.embed(tokens, dtype)
+        angles = rope_angles(positions, config.head_dim, config.rope_theta)
+        if cache is None:
+            mask = visible(segment_ids, segment_ids)
+            keys_values = None
+        else:
+            start = (0, cache.index)
+            segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
+            mask = visible(segment_ids, segments, cache.index)
+            keys_values = (cache.k, cache.v)
+
+        def run_layer(carry: Any, layer: tuple[Any, Array]) -> tuple[Any, None]:
+            x, keys_values = carry
+            weights, number = layer
+            store = None
+            if keys_values is not None:
+                store = LayerCache(*keys_values, number, cache.index)
+            x, store = self._layer.bind(weights)(x, angles, mask, store)
+            return (x, None if store is None else (store.k, store.v)), None
+
+        # Kept for the backward pass: the outputs of the projections. Recomputed: what lies between
+        # them and the [T, T] scores, which costs little time and would be most of the memory.
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        run_layer = jax.checkpoint(
+            run_layer, prevent_cse=False, policy=None if self.remat else keep
+        )
+        layers = (params["layers"], jnp.arange(config.num_layers))
+        # Two layers to a turn of the loop: the program stays as small, and runs faster on a CPU.
+        (x, keys_values), _ = jax.lax.scan(run_layer, (x, keys_values), layers, unroll=2)
+        if cache is not None:
+            cache = Cache(*keys_values, segments, cache.index + tokens.shape[1])
+        return ends.norm(x), cache
+
+    def unembedding(self, params: Params) -> Array:
+        """[D, V] float32: the transposed embedding where they are tied."""
+        return self._ends.bind({k: v for k, v in params.items() if k != "layers"}).matrix()
+
+    def logits(self, params: Params, hidden: Array) -> Array:
+        """hidden [..., D] -> [..., V] float32. Training should prefer `losses.logprob`'s chunks."""
+        return jnp.matmul(
+            hidden,
+            self.unembedding(params).astype(hidden.dtype),
+            precision=matmul_precision(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def init_cache(self, batch: int, max_len: int) -> Cache:
+        """An empty cache for `batch` rows of up to `max_len` tokens, padding included."""
+        c = self.config
+        shape = (c.num_layers, batch, c.num_kv_heads, c.head_dim, max_len)
+        return Cache(
+            k=jnp.zeros(shape, self.compute_dtype),
+            v=jnp.zeros(shape, self.compute_dtype),
+            segment_ids=jnp.zeros((batch, max_len), jnp.int32),
+            index=jnp.zeros((), jnp.int32),
+        )
+
+    def logical_axes(self) -> dict[str, Any]:
+        """Like params, with a tuple of axis names for each array; see `sharding.rules`."""
+        layers = jax.tree.map(
+            lambda axes: ("layers", *axes),
+            self._layer.logical_axes(),
+            is_leaf=lambda axes: isinstance(axes, tuple),
+        )
+        return {**self._ends.logical_axes(), "layers": layers}
+
+    @property
+    def _ends(self) -> _Pure:
+        return _Pure(Ends, self.config)
+
+    @property
+    def _layer(self) -> _Pure:
+        return _Pure(Layer, self.config)

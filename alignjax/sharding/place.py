@@ -1,0 +1,58 @@
+"""Parameters and batches -> arrays on the devices that they belong to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from alignjax.sharding.mesh import BATCH_AXES
+from alignjax.sharding.rules import fit
+
+
+def init_sharded(init: Callable[[jax.Array], Any], key: jax.Array, shardings: Any) -> Any:
+    """Runs `init(key)` so that each array is born in its sharding, never whole on one device.
+
+    Args:
+      init: key -> pytree of arrays, such as `Model.init`.
+      shardings: pytree like it; axes that do not divide evenly are replicated.
+    """
+    fitted = fit(shardings, jax.eval_shape(init, key))
+    return jax.jit(init, out_shardings=fitted)(key)
+
+
+def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0) -> dict[str, jax.Array]:
+    """Host arrays -> global arrays, rows split over the mesh axes data and fsdp.
+
+    Every process gives its own rows, the same number of them; together, in the order of the
+    processes, they are the global batch.
+
+    Args:
+      batch: NumPy arrays, with the rows on `batch_axis`. Arrays with fewer axes are replicated and
+        must be the same in every process.
+    Raises:
+      ValueError: if the rows of all processes do not divide evenly over data x fsdp.
+    """
+    num_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+    def put(name: str, value: Any) -> jax.Array:
+        array = np.asarray(value)
+        if array.ndim <= batch_axis:
+            return jax.make_array_from_process_local_data(
+                NamedSharding(mesh, PartitionSpec()), array, array.shape
+            )
+        rows = array.shape[batch_axis] * jax.process_count()
+        if rows % num_shards:
+            raise ValueError(
+                f"{name}: {rows} rows do not divide over {num_shards} shards (data x fsdp); "
+                f"use a multiple of {num_shards}"
+            )
+        spec = PartitionSpec(*(None,) * batch_axis, BATCH_AXES)
+        shape = (*array.shape[:batch_axis], rows, *array.shape[batch_axis + 1 :])
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array, shape)
+
+    return {name: put(name, value) for name, value in batch.items()}

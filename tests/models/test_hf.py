@@ -1,0 +1,346 @@
+"""Logits, padding, caching and files, against the models of `transformers` (a published source)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from alignjax.core.errors import UserError
+from alignjax.models import Model, ModelConfig, load, save
+from alignjax.sharding import MeshConfig, make_mesh
+
+torch = pytest.importorskip("torch", reason="needs the dev extra")
+transformers = pytest.importorskip("transformers", reason="needs the dev extra")
+
+VOCAB, T = 37, 11
+
+# Each case makes other things matter: grouped heads, head_dim != hidden / heads, biases, ties, odd
+# bases, an epsilon large enough to see.
+CASES = {
+    "llama-mha-untied": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4}),
+    "llama-gqa-tied": (
+        "llama",
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+         "rope_theta": 123.0, "rms_norm_eps": 0.1},
+    ),
+    "llama-biases-headdim": (
+        "llama",
+        {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6, "mlp_bias": True,
+         "attention_bias": True, "rope_theta": 500000.0},
+    ),
+    "qwen3-gqa-tied": (
+        "qwen3",
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+         "tie_word_embeddings": True, "rope_theta": 1000000.0},
+    ),
+    "qwen3-biases-untied": (
+        "qwen3",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10, "rms_norm_eps": 0.05,
+         "attention_bias": True, "rope_theta": 17.0},
+    ),
+}  # fmt: skip
+
+
+def make_reference(family, **overrides):
+    """A small transformers model in which every parameter is random, norms and biases too."""
+    names = {"llama": "Llama", "qwen3": "Qwen3"}[family]
+    fields = {
+        "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
+        "head_dim": 6, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    config = getattr(transformers, f"{names}Config")(**(fields | overrides))
+    torch.manual_seed(0)
+    reference = getattr(transformers, f"{names}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.25)
+    return reference
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Case -> (transformers model, the directory it saved itself to)."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            family, fields = CASES[case]
+            reference = make_reference(family, **fields)
+            directory = tmp_path_factory.mktemp(case)
+            reference.save_pretrained(directory)
+            made[case] = reference, directory
+        return made[case]
+
+    return get
+
+
+def reference_logits(reference, tokens, attention_mask=None, positions=None):
+    """[B, T, V]; the padded columns mean nothing."""
+    with torch.no_grad():
+        return reference(
+            input_ids=torch.tensor(np.asarray(tokens), dtype=torch.long),
+            attention_mask=None if attention_mask is None else torch.tensor(attention_mask),
+            position_ids=None if positions is None else torch.tensor(positions),
+        ).logits.numpy()
+
+
+def random_tokens(batch=3, time=T, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, (batch, time)).astype(np.int32)
+
+
+def ours(model, params, tokens, segment_ids=None, positions=None):
+    tokens = jnp.asarray(tokens)
+    if segment_ids is None:
+        segment_ids = np.ones(tokens.shape, np.int32)
+    if positions is None:
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+
+    @jax.jit
+    def logits(params, *batch):
+        return model.logits(params, model.apply(params, *batch)[0])
+
+    return np.asarray(logits(params, tokens, jnp.asarray(segment_ids), jnp.asarray(positions)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_unpadded(saved, case):
+    reference, directory = saved(case)
+    model, params = load(directory)
+    tokens = random_tokens()
+    expected = reference_logits(reference, tokens)
+    assert np.abs(expected).max() > 1  # an output worth comparing
+    np.testing.assert_allclose(ours(model, params, tokens), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["llama-gqa-tied", "qwen3-biases-untied"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_padded(saved, case, side):
+    reference, directory = saved(case)
+    model, params = load(directory)
+    tokens, lengths = random_tokens(), np.array([T, 4, 1])
+    slots = np.arange(T)[None]
+    first = (T - lengths)[:, None] if side == "left" else np.zeros((3, 1), int)
+    is_real = (slots >= first) & (slots < first + lengths[:, None])
+    positions = np.where(is_real, slots - first, 0).astype(np.int32)
+    result = ours(model, params, tokens, is_real.astype(np.int32), positions)
+    assert np.isfinite(result).all()
+    expected = reference_logits(reference, tokens, is_real.astype(int), positions.astype(int))
+    np.testing.assert_allclose(result[is_real], expected[is_real], atol=1e-4, rtol=0)
+    for row, length in enumerate(lengths):  # and what the padding holds is of no influence
+        alone = reference_logits(reference, tokens[row : row + 1][:, is_real[row]])
+        np.testing.assert_allclose(result[row, is_real[row]], alone[0, :length], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["llama-biases-headdim", "qwen3-gqa-tied"])
+def test_logits_cached(saved, case):
+    """Left-padded prefill into a longer cache, then token by token."""
+    reference, directory = saved(case)
+    model, params = load(directory)
+    tokens, prompt = random_tokens(), 6
+    padding = np.array([0, 2, 5])
+    is_real = np.arange(T)[None] >= padding[:, None]
+    positions = np.maximum(np.arange(T)[None] - padding[:, None], 0).astype(np.int32)
+    apply = jax.jit(model.apply, donate_argnums=4)
+    cache, hidden = model.init_cache(3, T + 3), []
+    for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, T))]:
+        part = np.s_[:, start:stop]
+        batch = tokens[part], is_real[part].astype(np.int32), positions[part]
+        step, cache = apply(params, *map(jnp.asarray, batch), cache)
+        hidden.append(step)
+    assert int(cache.index) == T
+    result = np.asarray(model.logits(params, jnp.concatenate(hidden, 1)))
+    assert np.isfinite(result).all()
+    expected = reference_logits(reference, tokens, is_real.astype(int), positions.astype(int))
+    np.testing.assert_allclose(result[is_real], expected[is_real], atol=1e-4, rtol=0)
+
+
+def greedy(model, params, prompt, num_tokens):
+    """[P] -> [num_tokens], through prefill and a cache."""
+    apply = jax.jit(model.apply)
+    cache, tokens, position, out = model.init_cache(1, len(prompt) + num_tokens), prompt, 0, []
+    for _ in range(num_tokens):
+        n = len(tokens)
+        positions = jnp.arange(position, position + n, dtype=jnp.int32)[None]
+        batch = jnp.asarray(tokens, jnp.int32)[None], jnp.ones((1, n), jnp.int32), positions
+        hidden, cache = apply(params, *batch, cache)
+        tokens, position = [int(model.logits(params, hidden[:, -1]).argmax())], position + n
+        out += tokens
+    return out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_save_then_transformers(tmp_path, family, tied):
+    config = ModelConfig(
+        family=family, vocab_size=VOCAB, hidden_size=24, num_layers=3, num_kv_heads=2,
+        head_dim=10, attention_bias=True, tie_embeddings=tied, rope_theta=123.0, norm_eps=1e-3,
+        mlp_bias=family == "llama", initializer_range=0.3,
+    )  # fmt: skip
+    model = Model(config)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32),
+        model.init(jax.random.key(0)),
+    )
+    ids = {"bos_token_id": 1, "eos_token_id": VOCAB - 1, "pad_token_id": 0}
+    save(tmp_path, model, params, extra_config=ids)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == ids
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
+    reference, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert type(reference).__name__ == f"{family.capitalize()}ForCausalLM"
+    assert reference.config.eos_token_id == VOCAB - 1
+    tokens = random_tokens()
+    expected = reference_logits(reference.eval(), tokens)
+    np.testing.assert_allclose(ours(model, params, tokens), expected, atol=1e-4, rtol=0)
+    prompt = torch.tensor(tokens[:1]).long()
+    text = reference.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=8,
+        eos_token_id=None,
+    )  # fmt: skip
+    assert greedy(model, params, list(tokens[0]), 8) == text[0, T:].tolist()
+    again, read = load(tmp_path)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+
+
+def test_sharded_checkpoint(saved, tmp_path):
+    reference, directory = saved("qwen3-gqa-tied")
+    reference.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path)[1], load(directory)[1])
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    name = sorted(index["weight_map"])[0]
+    file = tmp_path / index["weight_map"][name]
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{file.name}.*{name}.*missing"):
+        load(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file.name}: no such file"):
+        load(tmp_path)
+    index["weight_map"][name] = "../elsewhere.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="files beside it"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_become_float32(saved, tmp_path, dtype):
+    reference, _ = saved("llama-gqa-tied")
+    half = make_reference(*CASES["llama-gqa-tied"][:1], **CASES["llama-gqa-tied"][1]).to(dtype)
+    half.save_pretrained(tmp_path)
+    _, params = load(tmp_path)
+    expected = reference.model.embed_tokens.weight.detach().to(dtype).float().numpy()
+    assert params["embedding"].dtype == jnp.float32
+    np.testing.assert_array_equal(params["embedding"], expected)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_load_on_eight_devices(saved, sizes):
+    reference, directory = saved("qwen3-gqa-tied")
+    mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+    model, params = load(directory, mesh=mesh)
+    kernel = params["layers"]["mlp"]["gate"]["kernel"]
+    assert kernel.shape == (3, 24, 40)
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {
+        (3, 24 // sizes[1], 40 // sizes[2])
+    }
+    key = params["layers"]["attention"]["key"]["kernel"]  # [3, 24, 2, 16]
+    assert key.addressable_shards[0].data.shape == (3, 24 // sizes[1], 2 // sizes[2], 16)
+    embedding = params["embedding"]  # 37 words do not divide by 2: replicated over tensor
+    assert embedding.addressable_shards[0].data.shape == (37, 24 // sizes[1])
+    jax.tree.map(np.testing.assert_array_equal, params, load(directory)[1])
+    expected = reference_logits(reference, random_tokens(8))
+    np.testing.assert_allclose(ours(model, params, random_tokens(8)), expected, atol=1e-4, rtol=0)
+
+
+def edit_tensors(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()},
+              directory / "model.safetensors")  # fmt: skip
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A directory of our own, to be damaged."""
+    model = Model(ModelConfig(vocab_size=VOCAB, hidden_size=8, num_heads=2, num_layers=2))
+    save(tmp_path, model, model.init(jax.random.key(0)))
+    return tmp_path
+
+
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(O_PROJ), rf"tensor '{O_PROJ}' is missing"),
+        (
+            lambda t: t.update({O_PROJ: t[O_PROJ][:, :4]}),
+            r"o_proj.weight' has shape \(8, 4\).*8, 8",
+        ),
+        (lambda t: t.update(extra=np.zeros(2, np.float32)), r"safetensors: tensor 'extra' is not"),
+        (lambda t: t.update({O_PROJ: t[O_PROJ].astype(np.int32)}), r"o_proj.weight' is I32"),
+        (
+            lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}),
+            r"'lm_head.weight' differs from the embedding",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.input_layernorm.weight": np.ones(8, np.float32)}),
+            r"'model.layers.2.input_layernorm.weight' is not part",
+        ),
+    ],
+)
+def test_wrong_tensors(directory, change, message):
+    edit_tensors(directory, change)
+    with pytest.raises(UserError, match=message):
+        load(directory)
+
+
+def test_harmless_extra_tensors(directory):
+    """A copy of the tied embedding, as published Qwen3 files hold, and old rotary buffers."""
+
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+
+    edit_tensors(directory, add)
+    load(directory)
+
+
+def test_broken_files(directory):
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        load(directory / "nowhere")
+    (directory / "model.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match=r"model\.safetensors: not a safetensors file"):
+        load(directory)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: no such file"):
+        load(directory)
+    (directory / "config.json").write_text('{"a": 1,\n "b" 2}')
+    with pytest.raises(UserError, match=r"config\.json:2: not JSON"):
+        load(directory)
+
+
+def test_failed_save_leaves_the_old_files(directory, monkeypatch):
+    model, params = load(directory)
+    before = {file.name: file.read_bytes() for file in directory.iterdir()}
+
+    def fail(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("alignjax.models.hf.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(directory, model, jax.tree.map(lambda x: x + 1, params))
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == before

@@ -1,0 +1,93 @@
+"""Arrays land where they belong; several real processes give each its own rows."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from alignjax.sharding import MeshConfig, init_sharded, make_mesh, put_batch, shardings
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def init(key):
+    return {"a": jax.random.normal(key, (6, 4)), "b": jnp.arange(5.0)}
+
+
+def test_params_are_born_sharded(mesh):
+    axes = {"a": ("mlp", "embed"), "b": ("mlp",)}
+    params = init_sharded(init, jax.random.key(0), shardings(axes, mesh))
+    assert params["a"].sharding.spec == PartitionSpec("tensor", "fsdp")
+    assert {shard.data.shape for shard in params["a"].addressable_shards} == {(3, 2)}
+    assert params["b"].sharding.is_fully_replicated  # 5 does not divide by 2
+    jax.tree.map(np.testing.assert_array_equal, params, init(jax.random.key(0)))
+    # Nowhere in the compiled program does a device hold the whole of it.
+    target = jax.tree.map(lambda array: array.sharding, params)
+    text = jax.jit(init, out_shardings=target).lower(jax.random.key(0)).compile().as_text()
+    assert "f32[3,2]" in text
+    assert "f32[6,4]" not in text
+
+
+def test_batch(mesh):
+    tokens = np.arange(2 * 8 * 3, dtype=np.int32).reshape(2, 8, 3)
+    batch = put_batch({"tokens": tokens, "step": np.int32(7)}, mesh, batch_axis=1)
+    np.testing.assert_array_equal(batch["tokens"], tokens)
+    assert batch["tokens"].sharding.spec == PartitionSpec(None, ("data", "fsdp"))
+    for shard in batch["tokens"].addressable_shards:
+        assert shard.data.shape == (2, 2, 3)
+        np.testing.assert_array_equal(shard.data, tokens[shard.index])
+    assert batch["step"].sharding.is_fully_replicated
+    assert int(batch["step"]) == 7
+
+
+def test_rows_that_do_not_divide(mesh):
+    with pytest.raises(ValueError, match="tokens: 6 rows do not divide over 4 shards"):
+        put_batch({"tokens": np.zeros((6, 2))}, mesh)
+
+
+WORKER = """
+import sys, jax, numpy as np
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+from alignjax.sharding import MeshConfig, make_mesh, put_batch
+mesh = make_mesh(MeshConfig(data=2, fsdp=2))
+mine = np.array([[10, 11], [12, 13]], np.int32) + 100 * jax.process_index()
+batch = put_batch({"x": mine}, mesh)
+assert batch["x"].shape == (4, 2), batch["x"].shape
+total = jax.jit(lambda x: (x * jax.numpy.arange(1, 5)[:, None]).sum())(batch["x"])
+print("total", int(total))
+"""
+
+
+def test_two_processes():
+    """Rows (10, 11), (12, 13) | (110, 111), (112, 113), weighted 1, 2 | 3, 4."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    flags = "--xla_force_host_platform_device_count=2"
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", WORKER, str(port)]
+    workers = [
+        subprocess.Popen([*command, str(i)], env=env, text=True, stdout=-1, stderr=-1)
+        for i in range(2)
+    ]
+    try:
+        for worker in workers:
+            out, err = worker.communicate(timeout=120)
+            assert worker.returncode == 0, err
+            assert f"total {21 + 2 * 25 + 3 * 221 + 4 * 225}" in out
+    finally:
+        for worker in workers:
+            worker.kill()
