@@ -1,0 +1,110 @@
+"""`Example` -> a token sequence to train on, or the ids of a prompt to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from alignjax.core.config import Config
+from alignjax.core.errors import UserError
+from alignjax.core.types import Tokenizer
+from alignjax.data.schema import Example, Fields
+from alignjax.text.chat import (
+    ChatTemplate,
+    encode_chat,
+    encode_chat_prompt,
+    encode_prompt,
+    encode_prompt_completion,
+)
+
+
+class TextConfig(Config):
+    """How a record becomes text, and text becomes token ids."""
+
+    fields: Fields
+    chat: bool = False
+    """Wrap prompt and completion into the model's chat template as user and assistant messages.
+    Records with `messages` always go through the template."""
+    system: str | None = None
+    """Content of a system message to put first, with chat."""
+    chat_template: str | None = None
+    """A jinja file, instead of the template that comes with the tokenizer."""
+    template_variables: dict[str, Any] = Field(default_factory=dict)
+    """Further variables for the template, such as enable_thinking."""
+    train_on: Literal["all", "last"] = "all"
+    """Which assistant messages of a conversation are targets."""
+    add_bos: bool = True
+    """Begin plain text with the BOS token, where the tokenizer has one. Never twice."""
+    add_eos: bool = True
+    """End the completion of plain text with EOS, and train it."""
+
+
+def sequence_encoder(
+    config: TextConfig, tokenizer: Tokenizer
+) -> Callable[[Example], dict[str, np.ndarray]]:
+    """A function from an example to `tokens` ([length] int32) and `mask` (bool), for SFT."""
+    template = _template(config, tokenizer)
+
+    def ids_and_mask(example: Example) -> tuple[list[int], list[bool]]:
+        if example.messages is None and example.completion is None:
+            raise UserError(
+                "no completion to train on; name its key in fields.completion, or set messages"
+            )
+        if template is None:
+            return encode_prompt_completion(
+                tokenizer, example.prompt or "", example.completion or "",
+                add_bos=config.add_bos, add_eos=config.add_eos,
+            )  # fmt: skip
+        messages = example.messages or [
+            *_opening(config, example), {"role": "assistant", "content": example.completion},
+        ]  # fmt: skip
+        return encode_chat(
+            tokenizer, template, messages, train_on=config.train_on, **config.template_variables
+        )
+
+    def encode(example: Example) -> dict[str, np.ndarray]:
+        ids, mask = ids_and_mask(example)
+        return {"tokens": np.array(ids, np.int32), "mask": np.array(mask, bool)}
+
+    return encode
+
+
+def prompt_encoder(config: TextConfig, tokenizer: Tokenizer) -> Callable[[Example], np.ndarray]:
+    """A function from an example to the ids that generation starts from ([length] int32)."""
+    template = _template(config, tokenizer)
+
+    def encode(example: Example) -> np.ndarray:
+        if example.messages is None and example.prompt is None:
+            raise UserError(
+                "no prompt to go on from; name its key in fields.prompt, or set messages"
+            )
+        if template is None:
+            ids = encode_prompt(tokenizer, example.prompt or "", add_bos=config.add_bos)
+        else:
+            messages = example.messages or _opening(config, example)
+            while messages and messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+            ids = encode_chat_prompt(tokenizer, template, messages, **config.template_variables)
+        return np.array(ids, np.int32)
+
+    return encode
+
+
+def _opening(config: TextConfig, example: Example) -> list[dict[str, Any]]:
+    system = [] if config.system is None else [{"role": "system", "content": config.system}]
+    return [*system, {"role": "user", "content": example.prompt or ""}]
+
+
+def _template(config: TextConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
+    if not config.chat and config.fields.messages is None:
+        return None
+    if config.chat_template is None:
+        return ChatTemplate(tokenizer)
+    path = Path(config.chat_template)
+    if not path.is_file():
+        raise UserError(f"chat_template: no such file: {path}")
+    return ChatTemplate(tokenizer, path.read_text(encoding="utf-8"))

@@ -1,0 +1,36 @@
+"""Text and messages <-> token ids, with masks of what is trained. No jax."""
+
+from alignjax.text.chat import (
+    PLAIN_TEMPLATE,
+    ChatTemplate,
+    Message,
+    encode_chat,
+    encode_chat_prompt,
+    encode_prompt,
+    encode_prompt_completion,
+)
+from alignjax.text.sentencepiece import load_sentencepiece, train_sentencepiece
+from alignjax.text.tokenizer import (
+    HFTokenizer,
+    check_fits,
+    load_tokenizer,
+    stop_ids,
+    vocab_tokenizer,
+)
+
+__all__ = [
+    "PLAIN_TEMPLATE",
+    "ChatTemplate",
+    "HFTokenizer",
+    "Message",
+    "check_fits",
+    "encode_chat",
+    "encode_chat_prompt",
+    "encode_prompt",
+    "encode_prompt_completion",
+    "load_sentencepiece",
+    "load_tokenizer",
+    "stop_ids",
+    "train_sentencepiece",
+    "vocab_tokenizer",
+]
