@@ -1,0 +1,94 @@
+"""The shape of a completion -> a reward: its tags, its length in tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["length", "matches", "overlong", "tags"]
+
+
+def tags(
+    prompt: str,
+    completion: str,
+    reference: Any,
+    *,
+    tags: Sequence[str] = ("think", "answer"),
+    may_be_empty: Sequence[str] = ("think",),
+    **fields: Any,
+) -> float:
+    """1.0 if the completion is `<think>...</think><answer>...</answer>` and nothing else.
+
+    Each tag stands once, in this order; only white space may surround them. A prompt that ends with
+    the first tag has opened it for the completion.
+
+    Args:
+      tags: names of the tags, in order.
+      may_be_empty: those that may hold nothing but white space.
+    """
+    if not tags:
+        raise ValueError("tags is empty; name at least one")
+    if prompt.rstrip().endswith(f"<{tags[0]}>"):
+        completion = f"<{tags[0]}>{completion}"
+    rest = completion.strip()
+    for tag in tags:
+        opening, closing = f"<{tag}>", f"</{tag}>"
+        if completion.count(opening) != 1 or completion.count(closing) != 1:
+            return 0.0
+        if not rest.startswith(opening):
+            return 0.0
+        inside, _, rest = rest.removeprefix(opening).partition(closing)
+        if any(f"<{t}>" in inside or f"</{t}>" in inside for t in tags):
+            return 0.0
+        if not inside.strip() and tag not in may_be_empty:
+            return 0.0
+        rest = rest.lstrip()
+    return float(not rest)
+
+
+def matches(prompt: str, completion: str, reference: Any, *, pattern: str, **fields: Any) -> float:
+    """1.0 if the regular expression is found in the completion.
+
+    Args:
+      pattern: such as `#### [0-9]+$`; its `$` is the end of the completion, `(?m)` that of a line.
+    """
+    return float(re.search(pattern, completion) is not None)
+
+
+def length(
+    prompt: str,
+    completion: str,
+    reference: Any,
+    num_tokens: int,
+    *,
+    min_tokens: int = 0,
+    max_tokens: int,
+    slack: int = 0,
+    **fields: Any,
+) -> float:
+    """1.0 between min_tokens and max_tokens, falling linearly to 0.0 at `slack` tokens outside."""
+    outside = max(min_tokens - num_tokens, num_tokens - max_tokens, 0)
+    return max(0.0, 1.0 - outside / slack) if slack else float(outside == 0)
+
+
+def overlong(
+    prompt: str,
+    completion: str,
+    reference: Any,
+    num_tokens: int,
+    *,
+    max_tokens: int,
+    buffer: int,
+    **fields: Any,
+) -> float:
+    """Soft overlong punishment: 0 up to max_tokens - buffer, then linearly down to -1.
+
+    Args:
+      max_tokens: L, from where on it is -1.
+      buffer: C > 0, width of the slope in tokens.
+    Source: arXiv:2503.14476 eq. 13.
+    """
+    if not 0 < buffer <= max_tokens:
+        raise ValueError(f"buffer={buffer}; expected 0 < buffer <= max_tokens={max_tokens}")
+    return min(0.0, max(-1.0, (max_tokens - buffer - num_tokens) / buffer))

@@ -1,0 +1,134 @@
+"""Prompts -> completions with their scores. Generation and scoring arrive as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alignjax.core.types import (
+    LENGTH,
+    Completions,
+    GenerateFn,
+    Params,
+    Sample,
+    Sampling,
+    Score,
+    ScoreFn,
+    Tokenizer,
+)
+
+if TYPE_CHECKING:
+    from jax import Array
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt and what its completions are compared with."""
+
+    tokens: np.ndarray
+    """[length] int32; the ids that generation starts from."""
+    reference: Any = None
+    fields: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """G completions of each of N prompts: everything that training and evaluation need of them."""
+
+    tasks: Sequence[Task]
+    completions: Completions
+    samples: list[Sample]
+    scores: list[Score]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """[N, G] float32; nan where the reward failed."""
+        values = [np.nan if score.value is None else score.value for score in self.scores]
+        return np.array(values, np.float32).reshape(len(self.tasks), -1)
+
+    @property
+    def is_truncated(self) -> np.ndarray:
+        """[N * G] bool; ended by the limit on tokens."""
+        return self.completions.finish_reasons == LENGTH
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows, prompts included."""
+        group = len(self.samples) // len(self.tasks)
+        prompts = group * sum(len(task.tokens) for task in self.tasks)
+        return prompts + int(self.completions.lengths.sum())
+
+    def part(self, name: str) -> np.ndarray:
+        """[N, G] float32; one part of the reward, such as accuracy; nan where it is missing."""
+        values = [score.parts.get(name, np.nan) for score in self.scores]
+        return np.array(values, np.float32).reshape(len(self.tasks), -1)
+
+    @property
+    def part_names(self) -> list[str]:
+        """The parts that any sample has, in the order of first appearance."""
+        return list(dict.fromkeys(name for score in self.scores for name in score.parts))
+
+    def records(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Some rows as JSON values, to be read by people."""
+        return [
+            {
+                "prompt": self.samples[i].prompt,
+                "completion": self.samples[i].completion,
+                "reference": self.samples[i].reference,
+                "reward": self.scores[i].value,
+                "parts": dict(self.scores[i].parts),
+                "num_tokens": self.samples[i].num_tokens,
+                "is_truncated": self.samples[i].is_truncated,
+                "error": self.scores[i].error,
+            }
+            for i in indices
+        ]
+
+
+def rollout(
+    generate: GenerateFn,
+    score: ScoreFn,
+    tokenizer: Tokenizer,
+    params: Params,
+    tasks: Sequence[Task],
+    key: Array,
+    sampling: Sampling,
+    *,
+    prompt_len: int,
+) -> Rollouts:
+    """Samples G completions of each task and scores them.
+
+    Args:
+      generate, score: what samples and what scores.
+      tokenizer: turns ids into the text that is scored; special tokens are left out of completions.
+      params: weights to sample from.
+      tasks: N prompts.
+      key: PRNG key of this round.
+      sampling: `num_samples` is G.
+      prompt_len: width that prompts are padded to; a fixed one avoids recompilation.
+    """
+    prompts = np.zeros((len(tasks), prompt_len), np.int32)
+    lengths = np.array([len(task.tokens) for task in tasks], np.int32)
+    for row, task in zip(prompts, tasks, strict=True):
+        row[: len(task.tokens)] = task.tokens
+    out = generate(params, prompts, lengths, key, sampling)
+    prompt_texts = [tokenizer.decode(task.tokens) for task in tasks]
+    samples = []
+    for i, (ids, length, reason) in enumerate(
+        zip(out.tokens, out.lengths, out.finish_reasons, strict=True)
+    ):
+        task = tasks[i // sampling.num_samples]
+        samples.append(
+            Sample(
+                prompt=prompt_texts[i // sampling.num_samples],
+                completion=tokenizer.decode(ids[:length]),
+                reference=task.reference,
+                fields=task.fields or {},
+                num_tokens=int(length),
+                is_truncated=bool(reason == LENGTH),
+            )
+        )
+    return Rollouts(tasks, out, samples, score(samples))

@@ -1,0 +1,79 @@
+"""Sampling against NumPy in float64, and the frequencies that it should have."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignjax.generate.sample import sample_token, support
+
+
+def oracle_support(logits, top_k, top_p):
+    """From the definitions, one row at a time: sort, keep k, renormalise, keep the smallest set."""
+    keep = np.zeros(logits.shape, bool)
+    for row, values in enumerate(np.asarray(logits, np.float64)):
+        ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
+        ranked = ranked[: top_k or None]
+        weights = np.exp(values[ranked] - values.max())
+        weights /= weights.sum()
+        mass = 0.0
+        for token, weight in zip(ranked, weights, strict=True):
+            keep[row, token] = True
+            mass += weight
+            if mass >= top_p:
+                break
+    return keep
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.7), (5, 0.5), (1, 1.0), (0, 1e-6)]
+)
+def test_support_is_the_smallest_set_that_reaches_top_p_within_the_top_k(top_k, top_p):
+    logits = np.random.default_rng(0).normal(size=(40, 17)).astype(np.float32) * 2
+    got = support(jnp.array(logits), jnp.int32(top_k), jnp.float32(top_p))
+    np.testing.assert_array_equal(got, oracle_support(logits, top_k, top_p))
+
+
+def test_frequencies_and_log_probs_are_those_of_the_tempered_distribution():
+    logits = np.array([2.0, 0.5, -1.0, 0.0, -np.inf], np.float32)
+    temperature, count = 0.7, 200_000
+    scaled = logits.astype(np.float64) / temperature
+    probs = np.exp(scaled) / np.exp(scaled).sum()
+    tokens, logps = sample_token(
+        jnp.broadcast_to(logits, (count, 5)), jax.random.uniform(jax.random.PRNGKey(0), (count,)),
+        jnp.float32(temperature), jnp.int32(0), jnp.float32(1.0),
+    )  # fmt: skip
+    frequency = np.bincount(tokens, minlength=5) / count
+    assert np.all(np.abs(frequency - probs) <= 4 * np.sqrt(probs * (1 - probs) / count))
+    np.testing.assert_allclose(logps, np.log(probs[np.asarray(tokens)]), rtol=1e-5)
+
+
+def test_log_probs_are_renormalised_over_the_support():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]], jnp.float32))
+    tokens, logps = sample_token(
+        logits, jnp.array([0.99]), jnp.float32(1.0), jnp.int32(2), jnp.float32(1.0)
+    )
+    assert tokens[0] == 1
+    np.testing.assert_allclose(logps, np.log(0.3 / 0.8), rtol=1e-6)
+
+
+def test_temperature_zero_takes_the_most_likely_and_reports_temperature_one():
+    logits = jnp.array([[0.0, 3.0, 1.0]], jnp.float32)
+    tokens, logps = sample_token(
+        logits, jnp.array([0.999]), jnp.float32(0.0), jnp.int32(0), jnp.float32(1.0)
+    )
+    expected = 3.0 - np.log(np.exp(0.0) + np.exp(3.0) + np.exp(1.0))
+    assert tokens[0] == 1
+    np.testing.assert_allclose(logps, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_extremes_of_the_uniform_never_leave_the_support(uniform):
+    # A float32 cumulative sum over a large vocabulary ends a little off 1.
+    logits = np.full((1, 50_000), 0.0, np.float32)
+    logits[0, :7] = logits[0, -9:] = -np.inf
+    tokens, logps = sample_token(
+        jnp.array(logits), jnp.array([uniform]), jnp.float32(1.0), jnp.int32(0), jnp.float32(1.0)
+    )
+    assert 7 <= tokens[0] < 50_000 - 9
+    assert np.isfinite(logps[0])

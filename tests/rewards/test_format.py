@@ -1,0 +1,78 @@
+"""Tags and lengths."""
+
+import pytest
+
+from alignjax.rewards import format as shape
+
+GOOD = "<think>a</think><answer>b</answer>"
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        (GOOD, 1.0),
+        ("  <think>a\n</think>\n<answer>b</answer>\n", 1.0),
+        ("<think></think><answer>b</answer>", 1.0),
+        ("<think>a</think><answer> </answer>", 0.0),
+        (GOOD + ".", 0.0),
+        ("Hm. " + GOOD, 0.0),
+        ("<think>a</think> so <answer>b</answer>", 0.0),
+        ("<answer>b</answer><think>a</think>", 0.0),
+        ("<answer>b</answer>", 0.0),
+        ("<think>a<answer>b</answer></think>", 0.0),
+        ("<think>a</think><answer>b", 0.0),
+        (GOOD + "<answer>c</answer>", 0.0),
+        ("<think><think>a</think></think><answer>b</answer>", 0.0),
+        ("<think>a</answer></think><answer>b", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_tags(completion: str, expected: float) -> None:
+    assert shape.tags("q", completion, None) == expected
+
+
+def test_tags_opened_by_the_prompt() -> None:
+    assert shape.tags("q<think>\n", "a</think><answer>b</answer>", None) == 1.0
+    assert shape.tags("q<think>", GOOD, None) == 0.0
+
+
+def test_tags_by_name() -> None:
+    completion = "<plan>p</plan><sql>s</sql>"
+    assert shape.tags("q", completion, None, tags=["plan", "sql"]) == 1.0
+    assert shape.tags("q", completion, None, tags=["sql", "plan"]) == 0.0
+    with pytest.raises(ValueError, match="tags is empty"):
+        shape.tags("q", completion, None, tags=[])
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [("so\n#### 72", 1.0), ("so\n#### -7.5", 1.0), ("#### 72 clips", 0.0), ("72", 0.0), ("", 0.0)],
+)
+def test_matches(completion: str, expected: float) -> None:
+    pattern = r"#### -?[0-9][0-9.,]*$"
+    assert shape.matches("q", completion, None, pattern=pattern) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"),
+    [(0, 0.0), (8, 0.5), (10, 1.0), (20, 1.0), (21, 0.75), (24, 0.0), (99, 0.0)],
+)
+def test_length(num_tokens: int, expected: float) -> None:
+    got = shape.length("q", "c", None, num_tokens, min_tokens=10, max_tokens=20, slack=4)
+    assert got == expected
+    hard = shape.length("q", "c", None, num_tokens, min_tokens=10, max_tokens=20)
+    assert hard == float(expected == 1.0)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"), [(0, 0.0), (80, 0.0), (85, -0.25), (100, -1.0), (150, -1.0)]
+)
+def test_overlong(num_tokens: int, expected: float) -> None:
+    """arXiv:2503.14476 eq. 13 with L = 100, C = 20."""
+    got = shape.overlong("q", "c", None, num_tokens, max_tokens=100, buffer=20)
+    assert got == expected
+
+
+def test_overlong_needs_a_slope() -> None:
+    with pytest.raises(ValueError, match="buffer=0"):
+        shape.overlong("q", "c", None, 1, max_tokens=100, buffer=0)

@@ -1,0 +1,136 @@
+"""Paths to functions, their options, what they return."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignjax.core.errors import UserError
+from alignjax.rewards import format as shape
+from alignjax.rewards import verify
+from alignjax.rewards.functions import bind, describe, load, named_parts
+
+SOURCE = """
+def quality(prompt, completion, reference):
+    return 0.5
+
+def _hidden(): ...
+limit = 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "my_rewards.py").write_text(SOURCE)
+    (tmp_path / "broken_rewards.py").write_text("import no_such_package")
+    (tmp_path / "failing_rewards.py").write_text("x = 1\nx / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("my_rewards", "broken_rewards", "failing_rewards"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def test_built_ins() -> None:
+    assert load("verify.exact") is verify.exact
+    assert load("verify.math") is verify.math
+    assert load("format.tags") is shape.tags
+    assert load("alignjax.rewards.format:length") is shape.length
+
+
+@pytest.mark.parametrize(
+    "path", ["my_rewards.quality", "my_rewards:quality", "my_rewards.py:quality"]
+)
+def test_the_users_own(here: Path, path: str) -> None:
+    assert load(path)("p", "c", "r") == 0.5
+    assert load(f"{here}/my_rewards.py:quality")("p", "c", "r") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("verify.maths", "it has calculations, exact, math, numeric. Did you mean 'math'?"),
+        ("my_rewards:qualty", "it has quality. Did you mean 'quality'?"),
+        ("my_rewards:limit", "no function 'limit'"),
+        ("my_reward:quality", "there is no module 'my_reward', looked for as my_reward in the "),
+        ("my_rewards.deep:quality", "there is no module 'my_rewards.deep'"),
+        ("mine.py:quality", "there is no file .*mine.py"),
+        ("quality", "expected a built-in such as verify.exact"),
+        ("broken_rewards:f", "No module named 'no_such_package'"),
+        ("failing_rewards:f", "ZeroDivisionError: division by zero .line 2 of failing_rewards.py"),
+    ],
+)
+def test_bad_paths_say_what_was_looked_for(here: Path, path: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load(path)
+    assert f"reward function {path!r}" in str(caught.value)
+
+
+VALUES = {"prompt": "p", "completion": "c", "reference": "r", "num_tokens": 3, "color": "red"}
+
+
+def test_a_function_gets_what_it_names() -> None:
+    assert bind(lambda completion, color: completion + color, {}, "f")(VALUES) == "cred"
+    assert bind(lambda prompt, **fields: (prompt, fields["color"]), {}, "f")(VALUES) == ("p", "red")
+    assert bind(lambda completion, color="blue": color, {}, "f")(VALUES) == "red"
+
+
+def test_options_come_from_the_config_only() -> None:
+    def reward(completion, *, color="blue", **fields):
+        return color, "color" in fields
+
+    assert bind(reward, {}, "f")(VALUES) == ("blue", False)
+    assert bind(reward, {"color": "green"}, "f")(VALUES) == ("green", False)
+
+
+def test_misspelt_option() -> None:
+    with pytest.raises(UserError, match=r"'verify.exact' has no argument 'plcae'.*mean 'place'"):
+        bind(verify.exact, {"plcae": "boxed"}, "verify.exact")
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        (1, {"": 1.0}),
+        (True, {"": 1.0}),
+        (-0.25, {"": -0.25}),
+        (np.float32(0.5), {"": 0.5}),
+        (np.bool_(True), {"": 1.0}),
+        (np.array(2), {"": 2.0}),
+        ({"a": 1, "b": np.float64(0.5)}, {"": 1.5, "a": 1.0, "b": 0.5}),
+        ({"a": 1, "reward": 0.25}, {"": 0.25, "a": 1.0}),
+    ],
+)
+def test_results(result: object, expected: dict[str, float]) -> None:
+    assert named_parts(result) == expected
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (None, "it returned NoneType; expected a number"),
+        ("1.0", "it returned str; expected a number"),
+        ([1.0], "it returned list"),
+        (np.ones(1), "it returned ndarray"),
+        (1j, "it returned complex"),
+        (float("nan"), "it returned nan; expected a finite number"),
+        (np.float32("-inf"), "it returned -inf"),
+        (10**400, "it returned inf"),
+        ({}, "an empty dict"),
+        ({"a": 1, "b": "x"}, "it returned str at 'b'"),
+        ({"reward": 1, "b": float("nan")}, "it returned nan at 'b'"),
+    ],
+)
+def test_what_is_no_reward(result: object, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        named_parts(result)
+
+
+def test_description_of_an_error_is_one_short_line() -> None:
+    try:
+        raise KeyError("a\nb" + "x" * 1000)
+    except KeyError as error:
+        text = describe(error)
+    assert text.startswith("KeyError: ") and "\n" not in text
+    assert len(text) < 360 and "of test_functions.py)" in text
