@@ -1,0 +1,163 @@
+"""What every phase has: a model with its tokenizer, text turned into ids, and an export."""
+
+import shutil
+from pathlib import Path
+from typing import Literal, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+from pydantic import Field, model_validator
+
+from alignjax.core.config import Config
+from alignjax.core.errors import UserError
+from alignjax.core.types import Params, Weighted
+from alignjax.losses import TokenLogps, next_token_logps
+from alignjax.models import Model, ModelConfig, load, save
+from alignjax.sharding import MeshConfig, init_sharded, shardings
+from alignjax.text import HFTokenizer, check_fits, load_tokenizer
+from alignjax.train.loop import LoopConfig
+from alignjax.train.optim import OptimizerConfig
+from alignjax.train.step import Batch
+
+
+class NewModel(ModelConfig):
+    """A model to be created: as ModelConfig, but the vocabulary is the tokenizer's if not given."""
+
+    vocab_size: int | None = Field(default=None, ge=1)  # type: ignore[assignment]
+
+
+class ModelSource(Config):
+    """Where the weights come from: a Hugging Face directory, or a random start."""
+
+    path: str | None = None
+    """A directory with config.json and safetensors, such as runs/NAME/model."""
+    init: NewModel | None = None
+    """The shape of a model to start from nothing."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products; bfloat16 on TPU and GPU. Parameters are float32 always."""
+    remat: bool = False
+    """Recompute layers in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give either path (a directory) or init (a shape to start from)")
+        return self
+
+
+class PhaseConfig(Config):
+    """What the configs of all train phases share."""
+
+    name: str = Field(min_length=1)
+    """The run's directory is output_dir/name."""
+    output_dir: str = "runs"
+    seed: int = Field(0, ge=0)
+    model: ModelSource
+    tokenizer: str | None = None
+    """A directory with a tokenizer; the model's own if not given."""
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loop: LoopConfig = LoopConfig()
+
+
+class Policy:
+    """A model that is trained, its tokenizer, and where its weights come from."""
+
+    def __init__(self, config: PhaseConfig, mesh: Mesh):
+        source = config.model
+        where = config.tokenizer or source.path
+        if where is None:
+            raise UserError(
+                "tokenizer: a model to be created (model.init) needs a tokenizer's directory"
+            )
+        self.tokenizer: HFTokenizer = load_tokenizer(where)
+        self._mesh, self._source = mesh, source
+        self._loaded: Params | None = None
+        if source.init is not None:
+            shape = {"vocab_size": self.tokenizer.vocab_size} | source.init.model_dump(
+                exclude_none=True
+            )
+            self.model = Model(ModelConfig(**shape), source.compute_dtype, source.remat)
+        else:
+            assert source.path is not None
+            self.model, self._loaded = load(
+                source.path, mesh=mesh, compute_dtype=source.compute_dtype, remat=source.remat
+            )
+        check_fits(self.tokenizer, self.model.config.vocab_size, where)
+
+    def init(self, key: Array) -> Params:
+        """The weights to start from: those of the directory, or random ones, in their shardings.
+
+        A fresh copy each time: the training step donates what it is given.
+        """
+        if self._loaded is not None:
+            return copied(self._loaded)
+        axes = self.model.logical_axes()
+        return init_sharded(self.model.init, key, shardings(axes, self._mesh))
+
+    def export(self, params: Params, path: Path) -> None:
+        """Writes a Hugging Face directory with the tokenizer; it appears whole or not at all."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        save(
+            temporary,
+            self.model,
+            params,
+            extra_config={
+                "bos_token_id": self.tokenizer.bos_id,
+                "eos_token_id": self.tokenizer.eos_id,
+                "pad_token_id": self.tokenizer.pad_id,
+            },
+        )
+        self.tokenizer.save(str(temporary))
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+
+
+def copied(params: Params) -> Params:
+    """Other buffers with the same content in the same shardings; compiles nothing."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), params)
+
+
+def score_tokens(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = True,
+) -> TokenLogps:
+    """Token rows [R, T] -> the policy's log-probs of their targets; see `next_token_logps`."""
+    hidden, _ = model.apply(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+    return next_token_logps(
+        hidden,
+        model.unembedding(params),
+        batch["tokens"],
+        batch["mask"],
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+
+
+def mean_over(values: Array, mask: Array) -> Weighted:
+    """A metric averaged over the targets of the global batch."""
+    return Weighted(jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask, dtype=jnp.float32))
+
+
+def rows_per_process(rows: int, mesh: Mesh) -> int:
+    """This process's share of the rows of a micro-batch.
+
+    Raises:
+      UserError: if they do not divide over the devices along data and fsdp.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
+        raise UserError(
+            f"{rows} rows in a micro-batch do not divide over {shards} devices (mesh data x fsdp); "
+            f"use a multiple of {shards}"
+        )
+    return rows // jax.process_count()

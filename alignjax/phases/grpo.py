@@ -1,0 +1,400 @@
+"""RL with group-relative advantages: GRPO, Dr. GRPO and DAPO as presets over lists of functions."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from alignjax import losses
+from alignjax.core.errors import UserError
+from alignjax.core.keys import named_key
+from alignjax.core.types import Maximum, Minimum, Params, Sampling, Weighted
+from alignjax.data import (
+    Examples,
+    RecordIterator,
+    examples,
+    open_source,
+    pack,
+    prompt_encoder,
+)
+from alignjax.generate import make_generate
+from alignjax.models import Model
+from alignjax.phases.common import (
+    Policy,
+    copied,
+    mean_over,
+    rows_per_process,
+    score_tokens,
+)
+from alignjax.phases.grpo_config import AlgorithmConfig, GrpoConfig
+from alignjax.rewards.combine import too_many_failures
+from alignjax.rewards.pool import RewardPool
+from alignjax.rewards.rollout import Rollouts, Task, rollout
+from alignjax.sharding import put_batch
+from alignjax.text import stop_ids
+from alignjax.train.loop import Collected, Evaluated, StopRunError
+from alignjax.train.optim import make_optimizer
+from alignjax.train.state import TrainState, create_state
+from alignjax.train.step import Batch, Metrics, make_step
+
+ADVANTAGES = {"zscore": losses.group_zscore, "center": losses.group_center}
+KL_ESTIMATORS = {"k1": losses.k1, "k2": losses.k2, "k3": losses.k3}
+REDUCTIONS: dict[str, Callable[[Array, Batch, int], Weighted]] = {
+    "sequence_mean": lambda x, b, _: losses.sequence_mean(x, b["mask"], b["segment_ids"]),
+    "token_mean": lambda x, b, _: losses.token_mean(x, b["mask"]),
+    "fixed_length": lambda x, b, n: losses.fixed_length(x, b["mask"], b["segment_ids"], max_len=n),
+}
+
+
+def grpo_loss(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    algorithm: AlgorithmConfig,
+    *,
+    temperature: float,
+    max_tokens: int,
+) -> tuple[Weighted, Metrics]:
+    """Clipped surrogate, plus the KL where the batch has reference log-probs, over token rows."""
+    out = score_tokens(model, params, batch, temperature=temperature)
+    mask, old_logps = batch["mask"], batch["old_logps"]
+    surrogate = losses.ppo_clip(
+        out.logps,
+        old_logps,
+        batch["advantages"],
+        mask,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+    )
+    loss = surrogate.loss
+    log_ratio = jax.lax.stop_gradient(jnp.where(mask, out.logps - old_logps, 0.0))
+    difference, ratio = jnp.abs(log_ratio), jnp.exp(log_ratio)
+    assert out.entropies is not None
+    metrics = {
+        "entropy": mean_over(out.entropies, mask),
+        "clip_ratio/low_mean": mean_over(surrogate.is_low, mask),
+        "clip_ratio/high_mean": mean_over(surrogate.is_high, mask),
+        "clip_ratio/region_mean": mean_over(surrogate.is_clipped, mask),
+        "sampling/sampling_logp_difference/mean": mean_over(difference, mask),
+        "sampling/sampling_logp_difference/max": Maximum(jnp.max(difference)),
+        "sampling/importance_sampling_ratio/min": Minimum(
+            jnp.min(ratio, initial=jnp.inf, where=mask)
+        ),
+        "sampling/importance_sampling_ratio/mean": mean_over(ratio, mask),
+        "sampling/importance_sampling_ratio/max": Maximum(jnp.max(ratio, initial=0.0, where=mask)),
+    }
+    if "ref_logps" in batch:
+        kl = KL_ESTIMATORS[algorithm.kl_estimator](out.logps, batch["ref_logps"], mask)
+        loss = loss + algorithm.kl_coef * kl
+        metrics["kl"] = mean_over(kl, mask)
+    return REDUCTIONS[algorithm.reduction](loss, batch, max_tokens), metrics
+
+
+class Grpo:
+    """Implements `train.loop.Phase`."""
+
+    def __init__(self, config: GrpoConfig, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        self._policy = Policy(config, mesh)
+        model, tokenizer = self._policy.model, self._policy.tokenizer
+        rollout, algorithm = config.rollout, config.algorithm
+        context = model.config.max_position_embeddings
+        if rollout.max_prompt_tokens + rollout.max_tokens > context:
+            raise UserError(
+                f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} and max_tokens="
+                f"{rollout.max_tokens} exceed the model's context of {context} tokens; lower one"
+            )
+        rows_per_process(config.rows_per_update // config.data.micro_batches, mesh)
+        self._train = Examples(open_source(config.data.train), config.data.text.fields)
+        self._eval = (
+            None
+            if config.data.eval is None
+            else Examples(open_source(config.data.eval), config.data.text.fields)
+        )
+        self._optimizer = make_optimizer(
+            config.optimizer,
+            config.loop.steps * algorithm.num_updates * algorithm.num_minibatches,
+        )
+        self._sampling = Sampling(
+            temperature=rollout.temperature,
+            max_tokens=rollout.max_tokens,
+            stop_tokens=stop_ids(tokenizer, rollout.stop_tokens),
+            num_samples=rollout.group_size,
+        )
+        self._generate = make_generate(model, mesh=mesh, max_rows=rollout.max_rows)
+        self._score = RewardPool(config.rewards)
+        self._reference: Params | None = None
+
+        def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
+            return grpo_loss(
+                model, params, batch, algorithm,
+                temperature=rollout.temperature, max_tokens=rollout.max_tokens,
+            )  # fmt: skip
+
+        def ref_logps(params: Params, batch: Batch) -> Array:
+            def micro(mb: Batch) -> Array:
+                out = score_tokens(
+                    model, params, mb, temperature=rollout.temperature, with_entropy=False
+                )
+                return out.logps
+
+            return jax.lax.map(
+                lambda mb: jax.lax.cond(
+                    jnp.any(mb["mask"]), micro, lambda mb: jnp.zeros(mb["mask"].shape), mb
+                ),
+                batch,
+            )
+
+        self._step = make_step(loss, self._optimizer)
+        self._ref_logps = jax.jit(ref_logps)
+
+    # --- init -----------------------------------------------------------------------------------
+
+    def init(self, key: Array) -> TrainState:
+        params = self._policy.init(key)
+        reference = None
+        if self._config.algorithm.kl_coef > 0:
+            copy = self._policy.init(key)
+            if self._config.algorithm.reference_every:
+                reference = copy
+            else:
+                self._reference = copy
+        return create_state(params, self._optimizer.transform, key, reference=reference)
+
+    def records(self) -> Any:
+        return self._prompts(self._train, self._config.rollout.num_prompts)
+
+    def _prompts(self, source: Examples, num_prompts: int, **order: Any) -> RecordIterator[Any]:
+        return examples(
+            source,
+            prompt_encoder(self._config.data.text, self._policy.tokenizer),
+            num_prompts=num_prompts,
+            prompt_len=self._config.rollout.max_prompt_tokens,
+            overlong=self._config.data.overlong,
+            seed=self._config.seed,
+            **order,
+        )
+
+    # --- collect --------------------------------------------------------------------------------
+
+    def collect(self, state: TrainState, records: Any) -> tuple[TrainState, Collected]:
+        """Samples, scores, and lays out an iteration's rollouts. Deterministic in (state, records)
+        as long as the reward functions are."""
+        algorithm, step = self._config.algorithm, int(state.step)
+        if algorithm.reference_every and step and step % algorithm.reference_every == 0:
+            state = state._replace(reference=copied(state.params))
+        rounds = []
+        num_informative = 0
+        for number in range(algorithm.max_rounds if algorithm.dynamic_sampling else 1):
+            key = named_key(state.key, "rollout", step, number)
+            rounds.append(self._rollout(state.params, next(records), key, self._sampling))
+            num_informative += int(is_informative(rounds[-1].rewards).sum())
+            if num_informative >= self._config.rollout.num_prompts:
+                break
+        scores = [score for r in rounds for score in r.scores]
+        if reason := too_many_failures(scores, self._config.rewards.max_failure_frac):
+            raise StopRunError(reason)
+        sequences = self._sequences(rounds)
+        errors = [score.error for score in scores if score.error is not None]
+        warnings = []
+        if errors:
+            what = f"{len(errors)} of {len(scores)} samples have no reward and are left out"
+            warnings.append(f"{what}: {errors[0]}")
+        # One sample of each prompt, after those whose reward failed.
+        shown = [i for i, score in enumerate(rounds[0].scores) if score.value is None]
+        shown += range(0, len(rounds[0].samples), self._sampling.num_samples)
+        return state, Collected(
+            batches=self._batches(state, sequences, step),
+            num_tokens=sum(r.num_tokens for r in rounds),
+            metrics=self._host_metrics(rounds)
+            | {"epoch": records.epoch, "num_dropped": records.num_dropped},
+            samples=rounds[0].records(shown),
+            warnings=warnings,
+        )
+
+    def _rollout(
+        self, params: Params, prompts: list[Any], key: Array, sampling: Sampling
+    ) -> Rollouts:
+        tasks = [Task(p.tokens, p.example.reference, p.example.fields) for p in prompts]
+        return rollout(
+            self._generate, self._score, self._policy.tokenizer, params, tasks, key, sampling,
+            prompt_len=self._config.rollout.max_prompt_tokens,
+        )  # fmt: skip
+
+    def _sequences(self, rounds: list[Rollouts]) -> list[dict[str, np.ndarray]]:
+        """The samples that are trained on, each as arrays over its tokens."""
+        algorithm, group = self._config.algorithm, self._sampling.num_samples
+        sequences, num_groups = [], 0
+        for r in rounds:
+            rewards = r.rewards
+            if algorithm.overlong_frac > 0:
+                buffer = max(1, round(algorithm.overlong_frac * self._sampling.max_tokens))
+                penalty = losses.overlong_penalty(
+                    jnp.asarray(r.completions.lengths, jnp.int32),
+                    max_len=self._sampling.max_tokens,
+                    buffer=buffer,
+                )
+                rewards = rewards + np.asarray(penalty).reshape(rewards.shape)
+            is_valid = np.isfinite(rewards)
+            advantages = np.asarray(
+                ADVANTAGES[algorithm.advantage](jnp.asarray(rewards), jnp.asarray(is_valid))
+            )
+            is_used = is_informative(r.rewards) if algorithm.dynamic_sampling else is_valid.any(1)
+            for i in np.flatnonzero(is_used):
+                if num_groups == self._config.rollout.num_prompts:
+                    break
+                num_groups += 1
+                for g in np.flatnonzero(is_valid[i]):
+                    sequences.append(
+                        _sequence(r, i * group + g, r.tasks[i].tokens, advantages[i, g])
+                    )
+        return sequences
+
+    def _batches(
+        self, state: TrainState, sequences: list[dict[str, np.ndarray]], step: int
+    ) -> Iterator[Batch]:
+        """Minibatches [M, R, T], `num_updates` times over. Shapes depend on the config alone."""
+        config, algorithm = self._config, self._config.algorithm
+        rows, parts = config.rows_per_update, config.data.micro_batches
+        row_len = config.rollout.max_prompt_tokens + config.rollout.max_tokens
+        order = np.arange(len(sequences))
+        if algorithm.num_minibatches > 1:
+            order = np.random.default_rng([config.seed, step]).permutation(order)
+        batches = []
+        for chosen in np.array_split(order, algorithm.num_minibatches):
+            if not len(chosen):
+                continue
+            packed, num_used = pack(
+                [sequences[i] for i in chosen],
+                num_rows=rows,
+                row_len=row_len,
+                packed=config.data.packed,
+            )
+            assert num_used == len(chosen), "as many rows as sequences hold them all"
+            shaped = {k: v.reshape(parts, rows // parts, row_len) for k, v in packed.items()}
+            batch = put_batch(shaped, self._mesh, 1)
+            if algorithm.kl_coef > 0:
+                reference = self._reference if state.reference is None else state.reference
+                batch["ref_logps"] = self._ref_logps(reference, batch)
+            batches.append(batch)
+        for _ in range(algorithm.num_updates):
+            yield from batches
+
+    def _host_metrics(self, rounds: list[Rollouts]) -> dict[str, float]:
+        rewards = np.concatenate([r.rewards for r in rounds])
+        lengths = np.concatenate([r.completions.lengths for r in rounds])
+        is_truncated = np.concatenate([r.is_truncated for r in rounds])
+        terminated = lengths[~is_truncated]
+        is_valid = np.isfinite(rewards)
+        comparable = rewards[is_valid.sum(1) >= 2]
+        metrics = {
+            "completions/mean_length": lengths.mean(),
+            "completions/min_length": lengths.min(),
+            "completions/max_length": lengths.max(),
+            "completions/clipped_ratio": is_truncated.mean(),
+            "completions/mean_terminated_length": terminated.mean() if len(terminated) else 0.0,
+            "reward": rewards[is_valid].mean() if is_valid.any() else np.nan,
+            "reward_std": np.nanstd(comparable, axis=1, ddof=1).mean() if len(comparable) else 0.0,
+            "frac_reward_zero_std": 1.0 - is_informative(rewards).mean(),
+            "num_failed_rewards": (~is_valid).sum(),
+            "num_rounds": len(rounds),
+        }
+        for name in dict.fromkeys(name for r in rounds for name in r.part_names):
+            values = np.concatenate([r.part(name) for r in rounds])
+            values = values[np.isfinite(values)]
+            metrics[f"rewards/{name}/mean"] = values.mean()
+            metrics[f"rewards/{name}/std"] = values.std()
+        return {name: float(value) for name, value in metrics.items()}
+
+    # --- step, evaluate, export -----------------------------------------------------------------
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        return self._step(state, batch)
+
+    def diagnose(self, metrics: Mapping[str, float]) -> list[str]:
+        found = []
+        if metrics["frac_reward_zero_std"] == 1:
+            found.append(
+                f"in every group all rewards are equal (mean {metrics['reward']:.3g}), so nothing "
+                "can be learned: look at samples.jsonl; try easier or harder problems, a larger "
+                "rollout.group_size, or a reward that tells better from worse"
+            )
+        if metrics["completions/clipped_ratio"] == 1:
+            found.append(
+                f"every completion was cut at rollout.max_tokens={self._sampling.max_tokens}: "
+                "raise it, or check that the model knows EOS (rollout.stop_tokens)"
+            )
+        if metrics.get("kl", 0.0) > 10:
+            found.append(
+                f"the KL to the reference is {metrics['kl']:.3g} nats per token: lower "
+                "optimizer.learning_rate or raise algorithm.kl_coef"
+            )
+        if metrics.get("sampling/sampling_logp_difference/max", 0.0) > 1:
+            found.append(
+                "the sampler's log-probs differ from the trainer's by "
+                f"{metrics['sampling/sampling_logp_difference/max']:.3g} nats: with compute_dtype "
+                "bfloat16 try float32; in float32 this is a bug, please report it"
+            )
+        return found
+
+    def evaluate(self, state: TrainState) -> Evaluated:
+        """Rewards, their parts and lengths on held-out problems, sampled and greedy."""
+        config = self._config.evaluation
+        if self._eval is None:
+            return Evaluated({})
+        prompts = next(self._prompts(self._eval, config.num_problems, shuffle=False, num_epochs=1))
+        ways = {}
+        if config.num_samples:
+            ways["sampled"] = (self._sampling.temperature, config.num_samples)
+        if config.greedy:
+            ways["greedy"] = (0.0, 1)
+        metrics: dict[str, float] = {}
+        shown: list[Mapping[str, Any]] = []
+        for way, (temperature, num_samples) in ways.items():
+            sampling = Sampling(
+                temperature=temperature,
+                max_tokens=self._sampling.max_tokens,
+                stop_tokens=self._sampling.stop_tokens,
+                num_samples=num_samples,
+            )
+            key = named_key(state.key, "eval", int(state.step))
+            r = self._rollout(state.params, prompts, key, sampling)
+            valid = r.rewards[np.isfinite(r.rewards)]
+            metrics[f"eval/{way}/reward"] = float(valid.mean()) if len(valid) else np.nan
+            metrics[f"eval/{way}/num_failed_rewards"] = float(r.rewards.size - len(valid))
+            metrics[f"eval/{way}/mean_length"] = float(r.completions.lengths.mean())
+            for name in r.part_names:
+                metrics[f"eval/{way}/{name}"] = float(np.nanmean(r.part(name)))
+            chosen = range(0, min(config.num_shown, len(prompts)) * num_samples, num_samples)
+            shown += [{"split": f"eval/{way}", **record} for record in r.records(chosen)]
+        return Evaluated(metrics, shown)
+
+    def export(self, state: TrainState, path: Path) -> None:
+        self._policy.export(state.params, path)
+
+
+def is_informative(rewards: np.ndarray) -> np.ndarray:
+    """[N, G] rewards, nan where failed -> [N] bool: at least two, and not all equal."""
+    filled = np.isfinite(rewards)
+    highest = np.where(filled, rewards, -np.inf).max(1)
+    lowest = np.where(filled, rewards, np.inf).min(1)
+    return (filled.sum(1) >= 2) & (highest > lowest)
+
+
+def _sequence(
+    rollouts: Rollouts, row: int, prompt: np.ndarray, advantage: float
+) -> dict[str, np.ndarray]:
+    out = rollouts.completions
+    length = int(out.lengths[row])
+    before, after = np.zeros(len(prompt), np.float32), np.ones(length, np.float32)
+    return {
+        "tokens": np.concatenate([prompt, out.tokens[row, :length]]).astype(np.int32),
+        "mask": np.concatenate([before, after]).astype(bool),
+        "old_logps": np.concatenate([before, out.logps[row, :length]]),
+        "advantages": np.concatenate([before, after * np.float32(advantage)]),
+    }

@@ -1,0 +1,13 @@
+"""The name of a phase -> its config and its class. A new phase is one line here."""
+
+from typing import Any
+
+from alignjax.phases.common import PhaseConfig
+from alignjax.phases.grpo import Grpo
+from alignjax.phases.grpo_config import GrpoConfig
+from alignjax.phases.sft import Sft, SftConfig
+
+PHASES: dict[str, tuple[type[PhaseConfig], type[Any]]] = {
+    "sft": (SftConfig, Sft),
+    "grpo": (GrpoConfig, Grpo),
+}

@@ -1,0 +1,147 @@
+"""Supervised fine-tuning and pretraining: the cross-entropy of completions or documents."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from pydantic import Field
+
+from alignjax.core.config import Config
+from alignjax.core.types import Params, Weighted
+from alignjax.data import (
+    Examples,
+    RecordIterator,
+    TextConfig,
+    open_source,
+    sequence_encoder,
+    token_rows,
+)
+from alignjax.losses import cross_entropy, token_mean
+from alignjax.models import Model
+from alignjax.phases.common import (
+    PhaseConfig,
+    Policy,
+    mean_over,
+    rows_per_process,
+    score_tokens,
+)
+from alignjax.sharding import put_batch
+from alignjax.train.loop import Collected, Evaluated
+from alignjax.train.optim import make_optimizer
+from alignjax.train.state import TrainState, create_state
+from alignjax.train.step import Batch, Metrics, finalize, make_evaluate, make_step, merge
+
+
+class SftData(Config):
+    """What is trained on, and in what shape."""
+
+    train: str | list[str]
+    """A .jsonl, .parquet or .array_record file, a saved data set, tfds:NAME/SPLIT or hf:NAME/SPLIT;
+    several follow each other."""
+    eval: str | list[str] | None = None
+    """Held-out records, of the same form."""
+    text: TextConfig
+    row_len: int = Field(512, ge=2)
+    """Tokens in a row."""
+    rows: int = Field(16, ge=1)
+    """Rows in a micro-batch, over all devices."""
+    micro_batches: int = Field(1, ge=1)
+    """Micro-batches in an update; their gradients are added up."""
+    packed: bool = True
+    """Lay several examples into a row; they do not see each other."""
+    overlong: Literal["error", "drop"] = "error"
+    """What to do with an example longer than a row. It is never cut."""
+
+
+class SftConfig(PhaseConfig):
+    """`phase: sft`."""
+
+    phase: Literal["sft"]
+    data: SftData
+
+
+def sft_loss(model: Model, params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
+    """Cross-entropy per target token, in nats, over token rows [R, T]."""
+    out = score_tokens(model, params, batch)
+    mask = batch["mask"]
+    loss = token_mean(cross_entropy(out.logps, mask), mask)
+    assert out.entropies is not None
+    return loss, {
+        "entropy": mean_over(out.entropies, mask),
+        "mean_token_accuracy": mean_over(out.is_argmax, mask),
+    }
+
+
+class Sft:
+    """Implements `train.loop.Phase`."""
+
+    def __init__(self, config: SftConfig, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        self._policy = Policy(config, mesh)
+        model = self._policy.model
+        self._train = Examples(open_source(config.data.train), config.data.text.fields)
+        self._eval = (
+            None
+            if config.data.eval is None
+            else Examples(open_source(config.data.eval), config.data.text.fields)
+        )
+        self._optimizer = make_optimizer(config.optimizer, config.loop.steps)
+
+        def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
+            return sft_loss(model, params, batch)
+
+        self._step = make_step(loss, self._optimizer)
+        self._evaluate = make_evaluate(loss)
+
+    def _rows(self, examples: Examples, **order: Any) -> RecordIterator[dict[str, np.ndarray]]:
+        data = self._config.data
+        return token_rows(
+            examples,
+            sequence_encoder(data.text, self._policy.tokenizer),
+            num_micro_batches=data.micro_batches,
+            rows=rows_per_process(data.rows, self._mesh),
+            row_len=data.row_len,
+            packed=data.packed,
+            overlong=data.overlong,
+            seed=self._config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            **order,
+        )
+
+    def init(self, key: Array) -> TrainState:
+        return create_state(self._policy.init(key), self._optimizer.transform, key)
+
+    def records(self) -> Any:
+        return self._rows(self._train)
+
+    def collect(self, state: TrainState, records: Any) -> tuple[TrainState, Collected]:
+        batch = next(records)
+        return state, Collected(
+            batches=[put_batch(batch, self._mesh, 1)],
+            num_tokens=int(np.count_nonzero(batch["segment_ids"])),
+            metrics={"epoch": records.epoch, "num_dropped": records.num_dropped},
+        )
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        return self._step(state, batch)
+
+    def evaluate(self, state: TrainState) -> Evaluated:
+        """Loss, entropy and accuracy per target token over all held-out records."""
+        if self._eval is None:
+            return Evaluated({})
+        sums: dict[str, Any] = {}
+        for batch in self._rows(self._eval, num_epochs=1, shuffle=False):
+            loss, metrics = self._evaluate(state.params, put_batch(batch, self._mesh, 1))
+            new = {"loss": loss, **metrics}
+            sums = {k: merge(sums[k], new[k]) if sums else new[k] for k in new}
+        return Evaluated({f"eval/{k}": float(finalize(v)) for k, v in sums.items()})
+
+    def diagnose(self, metrics: dict[str, float]) -> list[str]:
+        return []
+
+    def export(self, state: TrainState, path: Path) -> None:
+        self._policy.export(state.params, path)

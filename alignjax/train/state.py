@@ -1,0 +1,49 @@
+"""Everything on the device that changes during a run, as one pytree."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from alignjax.core.types import Params
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds, beside the position in the data.
+
+    Frozen things (a reference that never moves, a reward model) are inputs of a phase and not here.
+    """
+
+    step: Array
+    """[] int32; iterations completed: one collection of data and the updates on it."""
+    params: Params
+    opt_state: optax.OptState
+    key: Array
+    """PRNG key of the run. It is never consumed: names and `step` are folded into it."""
+    reference: Params | None = None
+    """The reference policy where it is refreshed during the run, else None."""
+
+
+def create_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    *,
+    reference: Params | None = None,
+) -> TrainState:
+    """The state before the first step, all of it on the devices of the params.
+
+    Optimizer moments are created with the params' shardings; everything else is replicated.
+    """
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, reference)
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding):
+        return state
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, replicated),
+        state,
+    )

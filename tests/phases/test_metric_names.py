@@ -1,0 +1,101 @@
+"""docs/metrics.md names what runs log: every name, and no other."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from alignjax.core.config import build, loads
+from alignjax.phases.registry import PHASES
+from alignjax.recipes.chains import write
+from alignjax.sharding import make_mesh
+from alignjax.train.loop import train
+from alignjax.train.metrics import read_metrics
+from alignjax.train.progress import Progress
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+
+SFT = """
+phase: sft
+name: sft
+output_dir: {root}
+model: {{init: {{hidden_size: 16, num_layers: 1, num_heads: 2, max_position_embeddings: 64}}}}
+tokenizer: {root}/tokenizer
+data:
+  train: {root}/corpus.jsonl
+  eval: {root}/corpus.jsonl
+  text: {{fields: {{completion: text}}}}
+  row_len: 64
+  rows: 8
+loop: {{steps: 1, tensorboard: false}}
+"""
+
+GRPO = """
+phase: grpo
+name: grpo
+output_dir: {root}
+model: {{path: {root}/model}}
+data:
+  train: {root}/train.jsonl
+  eval: {root}/test.jsonl
+  text: {{fields: {{prompt: prompt, reference: reference}}}}
+rollout: {{num_prompts: 4, group_size: 2, max_prompt_tokens: 16, max_tokens: 8}}
+algorithm: {{preset: grpo}}
+rewards:
+  functions: {{mine: {{function: "{root}/mine.py:reward"}}}}
+  num_workers: 1
+evaluation: {{num_problems: 4}}
+loop: {{steps: 1, tensorboard: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """The names in metrics.jsonl of a tiny run of each phase."""
+    root = tmp_path_factory.mktemp("runs")
+    write(root, seed=0, num_questions=24, num_drills=8, num_train=8, num_test=4)
+    root.joinpath("mine.py").write_text(
+        "def reward(completion, **fields):\n"
+        "    return {'reward': len(completion) % 7, 'digits': sum(c.isdigit() for c in completion)}"
+    )
+    names = {}
+    for text in (SFT, GRPO):
+        tree = loads(text.format(root=root))
+        schema, phase_class = PHASES[tree.values["phase"]]
+        config = build(schema, tree)
+        phase = phase_class(config, make_mesh(config.mesh))
+        run_dir = root / config.phase
+        run_dir.mkdir()
+        state = train(phase, config.loop, run_dir, seed=0, progress=Progress())
+        phase.export(state, root / "model")
+        names[config.phase] = {name for row in read_metrics(run_dir) for name in row}
+        samples = (run_dir / "samples.jsonl").read_text().splitlines()
+        names["samples"] = {name for line in samples for name in json.loads(line)}
+    return names
+
+
+def documented():
+    """The first cell of each row of each table."""
+    return re.findall(r"^\| `([^`]+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def generic(name):
+    """A name as the page has it: NAME for the function, PART for a part of its result."""
+    return name.replace("mine/digits", "NAME/PART").replace("mine", "NAME")
+
+
+def test_every_name_that_a_run_logs_is_explained(logged):
+    explained = set(documented())
+    for phase in ("sft", "grpo"):
+        assert len(logged[phase]) > 10
+        assert {generic(name) for name in logged[phase]} <= explained
+
+
+def test_every_name_that_is_explained_is_logged(logged):
+    assert set(documented()) <= {generic(name) for name in logged["sft"] | logged["grpo"]}
+
+
+def test_the_fields_of_samples_are_named(logged):
+    text = PAGE.read_text(encoding="utf-8").partition("## samples.jsonl")[2]
+    assert logged["samples"] == set(re.findall(r"`(\w+)`", text))
