@@ -1,0 +1,1 @@
+"""Models and their samples -> measured quantities with their uncertainty."""

@@ -1,0 +1,171 @@
+"""Which of n samples of P problems are right -> pass@1, pass@k, maj@k and their 95% intervals.
+
+Samples of one problem are alike, so the problem is the unit: P problems with n samples each are
+worth between P and P n independent ones. NumPy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Z95 = 1.959963984540054
+"""Two-sided 95% quantile of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems and its 95% confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    num_problems: int
+    num_samples: int
+    """Samples of each problem."""
+
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.mean:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}] "
+            f"({self.num_problems} problems x {self.num_samples})"
+        )
+
+
+def pass_at_1(correct: np.ndarray) -> Estimate:
+    """Probability that one sample is right.
+
+    Args:
+      correct: [P, n] bool; samples of each problem.
+    Returns:
+      The mean over problems of the share of right samples, with `clustered_interval`.
+    """
+    correct = _matrix(correct)
+    return _estimate(correct.mean(axis=1), correct.shape[1])
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> Estimate:
+    """Probability that at least one of k samples is right: mean of 1 - C(n - c, k) / C(n, k).
+
+    Unbiased over the n samples, of which c are right; at k = 1 it is `pass_at_1`.
+
+    Args:
+      correct: [P, n] bool.
+      k: 1 <= k <= n.
+    Source: arXiv:2107.03374 eq. 1.
+    """
+    correct = _matrix(correct, k)
+    n = correct.shape[1]
+    num_wrong = n - correct.sum(axis=1)
+    # C(n-c, k) / C(n, k) = prod over j < k of (n-c-j) / (n-j), which is 0 once n-c < k
+    j = np.arange(k)
+    all_wrong = np.prod(np.maximum(num_wrong[:, None] - j, 0) / (n - j), axis=1)
+    return _estimate(1.0 - all_wrong, n, k)
+
+
+def maj_at_k(answers: Sequence[Sequence[str | None]], correct: np.ndarray, k: int) -> Estimate:
+    """Probability that the most frequent answer of k samples is right.
+
+    The n samples are cut, in order, into floor(n / k) groups of k, and their results averaged.
+    Samples without an answer do not vote; a group without votes is wrong. A tie is broken at
+    random, so it counts as the mean over the tied answers.
+
+    Args:
+      answers: [P][n] answers, equal ones being the same string; None or "" for none.
+      correct: [P, n] bool; where the same answer is right in one sample and not in another (by its
+        format, say), it counts as the share of right ones among its votes.
+      k: 1 <= k <= n.
+    """
+    correct = _matrix(correct, k)
+    P, n = correct.shape
+    if len(answers) != P or any(len(row) != n for row in answers):
+        raise ValueError(f"answers must be [{P}][{n}] as `correct` is")
+    starts = range(0, n - k + 1, k)
+    values = [
+        np.mean([_majority(row[s : s + k], right[s : s + k]) for s in starts])
+        for row, right in zip(answers, correct, strict=True)
+    ]
+    return _estimate(np.array(values), n, k)
+
+
+def paired_difference(before: np.ndarray, after: np.ndarray) -> Estimate:
+    """after - before of pass@1 on the same problems; two separate intervals would not tell.
+
+    With d the differences of the problems' means, the interval is that of the mean of d after
+    adding two pseudo-problems (half a gain, half a loss, one tie), so that it does not shrink to a
+    point when no problem changes:
+    m +- z sqrt((sum d^2 + 1) / (P + 2) - m^2) / sqrt(P + 2), m = sum d / (P + 2).
+
+    Args:
+      before: [P, n] bool.
+      after: [P, m] bool; row i is the problem of row i of `before`.
+    Source: for n = m = 1, Agresti and Min, Statistics in Medicine 24 (2005), 729-740.
+    """
+    before, after = _matrix(before), _matrix(after)
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} problems before, {len(after)} after; expected the same")
+    d = after.mean(axis=1) - before.mean(axis=1)
+    P = len(d)
+    center = d.sum() / (P + 2)
+    half = Z95 * np.sqrt(((d**2).sum() + 1) / (P + 2) - center**2) / np.sqrt(P + 2)
+    low, high = max(-1.0, center - half), min(1.0, center + half)
+    return Estimate(float(d.mean()), float(low), float(high), P, after.shape[1])
+
+
+def clustered_interval(values: np.ndarray, num_samples: int) -> tuple[float, float]:
+    """95% interval for the mean of P values in [0, 1]: Wilson's, at the effective sample size.
+
+    With p the mean of the P values and s^2 their variance (P - 1 below), p's standard error is
+    s / sqrt(P), which holds however alike the samples of a problem are. The number of independent
+    samples with this error is N = p (1 - p) P / s^2, never below P - 1 and taken as P num_samples
+    if above. N = P with one sample per problem, and at p = 0 or 1, where s says nothing. The
+    interval is Wilson's:
+    (p + z^2 / 2N +- z sqrt(p (1 - p) / N + z^2 / 4N^2)) / (1 + z^2 / N).
+    Of one problem nothing can be said: [0, 1].
+
+    Args:
+      values: [P] float64.
+      num_samples: independent samples behind each value, at most.
+    Source: Wilson, JASA 22 (1927), 209-212; the effective size: Korn and Graubard, Survey
+      Methodology 24 (1998), 193-201.
+    """
+    P, p = len(values), float(np.mean(values))
+    if P == 1:
+        return 0.0, 1.0
+    spread = p * (1 - p)
+    variance = float(np.var(values, ddof=1))
+    if spread <= 1e-12 or num_samples == 1:
+        N = float(P)
+    else:
+        N = float(P * min(spread / max(variance, 1e-300), num_samples))
+    center = (p + Z95**2 / (2 * N)) / (1 + Z95**2 / N)
+    half = Z95 / (1 + Z95**2 / N) * np.sqrt(spread / N + Z95**2 / (4 * N**2))
+    # p itself is always inside, but for the last bit at 0 and 1
+    return max(0.0, min(p, center - half)), min(1.0, max(p, center + half))
+
+
+def _estimate(values: np.ndarray, n: int, k: int = 1) -> Estimate:
+    low, high = clustered_interval(values, n // k)
+    return Estimate(float(values.mean()), low, high, len(values), n)
+
+
+def _matrix(correct: np.ndarray, k: int = 1) -> np.ndarray:
+    correct = np.asarray(correct)
+    if correct.dtype != bool or correct.ndim != 2 or 0 in correct.shape:
+        raise ValueError(
+            f"correct is {correct.dtype}{list(correct.shape)}; expected bool [problems, samples]"
+        )
+    if not 1 <= k <= correct.shape[1]:
+        raise ValueError(f"k={k} with {correct.shape[1]} samples per problem; expected 1 <= k <= n")
+    return correct
+
+
+def _majority(answers: Sequence[str | None], correct: np.ndarray) -> float:
+    votes: dict[str, list[bool]] = {}
+    for answer, is_right in zip(answers, correct, strict=True):
+        if answer:
+            votes.setdefault(answer, []).append(bool(is_right))
+    most = max((len(v) for v in votes.values()), default=0)
+    winners = [float(np.mean(v)) for v in votes.values() if len(v) == most]
+    return float(np.mean(winners)) if winners else 0.0

@@ -1,0 +1,6 @@
+"""Metrics and transcripts -> pictures. Imports no jax, and matplotlib without a display."""
+
+from alignjax.report.reasoning import Curve, Transcript, reasoning_picture
+from alignjax.report.training import training_report
+
+__all__ = ["Curve", "Transcript", "reasoning_picture", "training_report"]
