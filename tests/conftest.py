@@ -1,0 +1,37 @@
+"""Every test runs on the CPU, seen as eight devices, with one compilation cache for all of them."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and their processes too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Before anything imports jax: it reads these once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        *(f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f),
+        "--xla_force_host_platform_device_count=8",
+    ]
+)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+# In the environment, so that the processes which tests start share the cache. Not in a folder that
+# other users can write to: it holds programs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax-tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets; the test is skipped, with the reason, where there is none."""
+    folder = Path(os.environ.get("ALIGNJAX_DATA", REPO.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}; set ALIGNJAX_DATA to its folder")
+    return folder
