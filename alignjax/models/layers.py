@@ -33,7 +33,10 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """[..., size] any float dtype -> the same; float32 inside."""
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        root = jnp.sqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        # Not rsqrt, which CPUs approximate in one way for few rows and in another for many: the
+        # sampler and the trainer would differ. The barrier keeps the compiler from making it one.
+        y = y * (1 / jax.lax.optimization_barrier(root))
         return (y * self.scale[...]).astype(x.dtype)
 
 

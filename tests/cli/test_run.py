@@ -68,7 +68,7 @@ def test_what_a_recipe_leaves(trained):
     assert [x["step"] for x in base] == [0, 20, 30] and base[2]["loss"] < base[1]["loss"]
     rl = lines(trained.root / "grpo/metrics.jsonl")
     assert [x["step"] for x in rl] == [0, 3, 4]
-    assert max(x.get("sampling/sampling_logp_difference/max", 0) for x in rl) < 1e-4
+    assert max(x.get("sampling/sampling_logp_difference/max", 0) for x in rl) < 1e-5
     assert {x["split"] for x in lines(trained.root / "grpo/samples.jsonl") if x["step"] == 0} == {
         "eval/sampled", "eval/greedy"
     }  # fmt: skip
