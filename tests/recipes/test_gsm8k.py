@@ -108,13 +108,17 @@ GRPO = [
     "stages.grpo.rollout.max_tokens=16",
     "stages.grpo.data.micro_batches=1",
     "stages.grpo.evaluation.num_problems=4",
-    # Something that a random model does now and then, so that there is a gradient.
-    "stages.grpo.rewards.functions.vowel={function: format.matches, args: {pattern: '[aeiou]'}}",
+    # No two different completions get the same, so that there is a gradient.
+    "stages.grpo.rewards.functions.codes={function: codes.reward}",
 ]
 
 
 def run(tmp_path: Path, name: str, *overrides: str) -> Path:
     """Runs a recipe as a user does, on one device: of eight, two cores would be slow."""
+    (tmp_path / "codes.py").write_text(
+        "def reward(prompt, completion, reference, **fields):\n"
+        "    return sum(i * ord(c) for i, c in enumerate(completion, 1)) / 1e5\n"
+    )
     subprocess.run(
         [sys.executable, "-m", "alignjax", "run", f"recipes/{name}", *overrides],
         check=True,
