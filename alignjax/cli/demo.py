@@ -24,10 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     from alignjax.core.config import build, find_config, load
+    from alignjax.core.errors import UserError
     from alignjax.recipes.graph import RecipeConfig
 
     tree = load(find_config("recipes/r1_zero"), args.overrides)
     config = build(RecipeConfig, tree)
+    for name in ("zero", "control"):
+        evaluation = config.stages[name].evaluation
+        if not (evaluation.num_samples and evaluation.num_shown and evaluation.greedy):
+            raise UserError(
+                f"stages.{name}.evaluation: the demo tells of sampled and greedy answers, so "
+                "num_samples and num_shown are at least 1 and greedy is true; alignjax run "
+                "recipes/r1_zero takes any"
+            )
 
     from alignjax.cli.runtime import prepare
     from alignjax.recipes import r1_zero

@@ -32,15 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from alignjax.core.config import build, describe, load, loads
+    from alignjax.core.config import build, describe, dump, load, loads
     from alignjax.evals.run import EvalConfig, evaluate, write_report
 
     target = Path(args.target)
     if target.is_dir():
-        import yaml
-
-        text = yaml.safe_dump(_from_run(target), allow_unicode=True)
-        tree = loads(text, args.overrides, name=str(target / "config.yaml"))
+        tree = loads(dump(_from_run(target)), args.overrides, name=str(target / "config.yaml"))
     else:
         tree = load(target, args.overrides)
     config = build(EvalConfig, tree)
@@ -67,14 +64,13 @@ def main(args: argparse.Namespace) -> None:
 
 def _from_run(run_dir: Path) -> dict[str, Any]:
     """What an evaluation needs of the config of a grpo run."""
-    import yaml
-
+    from alignjax.core.config import load
     from alignjax.core.errors import UserError
 
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir}: no config.yaml; expected a run's directory or a YAML file")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = load(path).values
     data = config.get("data") or {}
     if config.get("phase") != "grpo" or data.get("eval") is None:
         raise UserError(

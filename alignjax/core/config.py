@@ -8,22 +8,21 @@ print(describe(config, tree))
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from alignjax.core.complaints import complaints
 from alignjax.core.errors import UserError
-from alignjax.core.yaml_tree import Key, Tree, dotted, load, loads, scalar_text
+from alignjax.core.yaml_tree import Key, Tree, dotted, dump, load, loads, scalar_text
 
 __all__ = [
-    "Config", "Tree", "build", "describe", "diff", "digest", "find_config", "load", "loads",
-    "to_dict",
+    "Config", "DirectoryName", "Tree", "build", "check_name", "describe", "diff", "dump",
+    "find_config", "load", "loads", "to_dict",
 ]  # fmt: skip
 
 
@@ -36,6 +35,17 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
+
+def check_name(name: str) -> str:
+    """The name of a directory below another one. Raises ValueError on anything else."""
+    if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
+        raise ValueError(
+            f"{name!r} names no directory of its own; leave out slashes and dots alone"
+        )
+    return name
+
+
+DirectoryName = Annotated[str, AfterValidator(check_name)]
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -56,25 +66,6 @@ def build(schema: type[C], tree: Tree) -> C:
 def to_dict(config: BaseModel) -> dict[str, Any]:
     """The config as a JSON value, defaults included: what a run saves and `diff` compares."""
     return config.model_dump(mode="json", by_alias=True)
-
-
-def digest(config: BaseModel, exclude: Iterable[str] = ()) -> str:
-    """SHA-256, in hex, of the config's canonical JSON without the excluded dotted keys.
-
-    Raises:
-      ValueError: a key to exclude that the config does not have.
-    """
-    values = to_dict(config)
-    for name in exclude:
-        *sections, last = name.split(".")
-        here: Any = values
-        for section in sections:
-            here = here.get(section) if isinstance(here, dict) else None
-        if not isinstance(here, dict) or last not in here:
-            raise ValueError(f"exclude={name!r} is not a key of {type(config).__name__}")
-        del here[last]
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -249,6 +249,30 @@ def scalar_text(value: Any) -> str:
     return quoted(value)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what a reader of YAML 1.2 would not take for text, `1e-4`; as one of 1.1 would not."""
+
+    yaml_implicit_resolvers = {
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()),
+            *_Loader.yaml_implicit_resolvers.get(first, ()),
+        ]
+        for first in (*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers)
+    }
+
+
+# PyYAML leaves some line ends, such as U+0085, bare where they are then read as a space.
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(_STR, text, None if text.isprintable() else '"'),
+)
+
+
+def dump(values: dict[str, Any]) -> str:
+    """Plain values -> YAML that `load`, and a reader of YAML 1.1, read back as they were."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def quoted(text: str) -> str:
     """Text between double quotes, with YAML's escapes where they are needed."""
     escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}

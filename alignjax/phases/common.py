@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import Mesh
 from pydantic import Field, model_validator
 
-from alignjax.core.config import Config
+from alignjax.core.config import Config, DirectoryName
 from alignjax.core.errors import UserError
 from alignjax.core.types import Params, Weighted
 from alignjax.losses import TokenLogps, next_token_logps
@@ -50,7 +50,7 @@ class ModelSource(Config):
 class PhaseConfig(Config):
     """What the configs of all train phases share."""
 
-    name: str = Field(min_length=1)
+    name: DirectoryName
     """The run's directory is output_dir/name."""
     output_dir: str = "runs"
     seed: int = Field(0, ge=0)

@@ -1,5 +1,6 @@
 """RL with group-relative advantages: GRPO, Dr. GRPO and DAPO as presets over lists of functions."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,12 @@ def grpo_loss(
 class Grpo:
     """Implements `train.loop.Phase`."""
 
+    # Not the loss, which is about 0 on policy and says nothing (docs/metrics.md).
+    shown = (
+        "reward", "completions/mean_length", "kl", "eval/sampled/accuracy", "eval/greedy/accuracy",
+        "eval/sampled/reward", "eval/sampled/mean_length",
+    )  # fmt: skip
+
     def __init__(self, config: GrpoConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._policy = Policy(config, mesh)
@@ -186,7 +193,7 @@ class Grpo:
         """Samples, scores, and lays out an iteration's rollouts. Deterministic in (state, records)
         as long as the reward functions are."""
         algorithm, step = self._config.algorithm, int(state.step)
-        if algorithm.reference_every and step and step % algorithm.reference_every == 0:
+        if state.reference is not None and step and step % algorithm.reference_every == 0:
             state = state._replace(reference=copied(state.params))
         rounds = []
         num_informative = 0
@@ -318,7 +325,9 @@ class Grpo:
 
     def diagnose(self, metrics: Mapping[str, float]) -> list[str]:
         found = []
-        if metrics["frac_reward_zero_std"] == 1:
+        if not math.isfinite(metrics["reward"]):
+            found.append("no sample has a reward, so nothing can be learned: see samples.jsonl")
+        elif metrics["frac_reward_zero_std"] == 1:
             found.append(
                 f"in every group all rewards are equal (mean {metrics['reward']:.3g}), so nothing "
                 "can be learned: look at samples.jsonl; try easier or harder problems, a larger "

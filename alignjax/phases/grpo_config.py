@@ -1,6 +1,6 @@
 """What can be set of the RL phase, and the presets that name a paper."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -58,6 +58,15 @@ class AlgorithmConfig(Config):
         # Of an unknown one nothing follows, and nothing but that is to be complained about.
         known = preset if isinstance(preset, str) and preset in PRESETS else "grpo"
         return PRESETS[known] | values
+
+    @model_validator(mode="after")
+    def _has_reference(self) -> Self:
+        if self.reference_every and not self.kl_coef:
+            raise ValueError(
+                f"reference_every={self.reference_every} without kl_coef, which is 0: there is no "
+                "reference; give both, or neither"
+            )
+        return self
 
 
 class RolloutConfig(Config):

@@ -78,6 +78,9 @@ def sft_loss(model: Model, params: Params, batch: Batch) -> tuple[Weighted, Metr
 class Sft:
     """Implements `train.loop.Phase`."""
 
+    shown = ("loss", "eval/loss")
+    """The metrics that a terminal shows."""
+
     def __init__(self, config: SftConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._policy = Policy(config, mesh)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from alignjax.core.config import Config, to_dict
+from alignjax.core.config import Config, DirectoryName, check_name
 from alignjax.core.errors import KeyedError, UserError
 from alignjax.core.yaml_tree import Key
 from alignjax.data import open_source, texts
@@ -65,7 +65,7 @@ class RecipeConfig(Config):
     `NAME: text`, and is `${NAME}` in the stages; on the command line it is `vars.NAME=...`.
     """
 
-    name: str = Field(min_length=1)
+    name: DirectoryName
     output_dir: str = "runs"
     seed: int = Field(0, ge=0)
     vars: dict[str, str] = {}
@@ -83,6 +83,10 @@ class RecipeConfig(Config):
         known = {k: str(v) for k, v in variables.items()} if isinstance(variables, dict) else {}
         stages = {}
         for name, stage in values["stages"].items():
+            try:
+                check_name(name)
+            except ValueError as fault:
+                raise KeyedError(("stages", name), str(fault)) from None
             if name in known:
                 raise KeyedError(("stages", name), "there is a variable of that name in vars")
             if isinstance(stage, dict):
@@ -116,9 +120,9 @@ def _run_files(stage: FilesConfig | TokenizerConfig) -> None:
     """Makes the directory of a stage that writes files; it appears whole or not at all."""
     run_dir = Path(stage.output_dir) / stage.name
     progress = Progress(title=stage.name)
-    with lock(run_dir.with_name(f".{run_dir.name}.work")):
+    with lock(run_dir, run_dir.with_name(f".{run_dir.name}.lock")):
         if run_dir.exists():
-            check_same(run_dir, to_dict(stage))
+            check_same(run_dir, stage)
             progress.note(f"{run_dir} is there already: nothing to do")
             return
         temporary = run_dir.with_name(f".{run_dir.name}.tmp")
@@ -127,7 +131,7 @@ def _run_files(stage: FilesConfig | TokenizerConfig) -> None:
         temporary.mkdir(parents=True)
         try:
             _write_files(stage, temporary)
-            claim(temporary, to_dict(stage))
+            claim(temporary, stage)
             temporary.rename(run_dir)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

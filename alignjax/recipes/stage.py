@@ -1,18 +1,19 @@
 """A phase's config -> its run directory: trained, resumed or found finished, and exported.
 
-A run writes config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, model/ and report.png.
+A run writes config.yaml, inputs.json, metrics.jsonl, samples.jsonl, checkpoints/, model/ and
+report.png.
 """
 
 import contextlib
 import fcntl
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-import yaml
 
-from alignjax.core.config import build, diff, load, to_dict
+from alignjax.core.config import Config, build, diff, dump, load, to_dict
 from alignjax.core.errors import UserError
 from alignjax.phases.common import PhaseConfig, Policy
 from alignjax.phases.registry import PHASES
@@ -23,11 +24,8 @@ from alignjax.train.loop import train
 from alignjax.train.metrics import read_metrics, replace_file
 from alignjax.train.progress import Progress
 
-SHOWN = (
-    "loss", "eval/loss", "reward", "completions/mean_length", "kl", "eval/sampled/accuracy",
-    "eval/greedy/accuracy", "eval/sampled/reward", "eval/sampled/mean_length",
-)  # fmt: skip
-"""The metrics that a terminal shows."""
+INPUTS = ("model.path", "tokenizer", "data.train", "data.eval", "sources")
+"""Keys of configs whose values are files or directories that a run reads."""
 
 
 def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
@@ -42,20 +40,20 @@ def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
     Returns:
       The directory of the exported model.
     Raises:
-      UserError: if the directory holds a run of another config (the difference is shown), or
-        another process is at work in it; and what `train.loop.train` raises.
+      UserError: if the directory holds a run of another config (the difference is shown) or of
+        other inputs, or another process is at work in it; and what `train.loop.train` raises.
     """
     if jax.process_count() > 1:
         raise UserError("phases run in one process so far: use one host, with all its devices")
     run_dir = Path(config.output_dir) / config.name
-    progress = Progress(SHOWN, title=title, min_interval=max(1, config.loop.log_every))
-    with lock(run_dir):
-        claim(run_dir, to_dict(config))
+    _, phase_class = PHASES[config.phase]  # type: ignore[attr-defined]
+    progress = Progress(phase_class.shown, title=title, min_interval=config.loop.log_every)
+    with lock(run_dir, run_dir / ".lock"):
+        claim(run_dir, config)
         model_dir = run_dir / "model"
         if model_dir.exists():
             progress.note(f"{model_dir} is there already: nothing to do")
             return model_dir
-        _, phase_class = PHASES[config.phase]  # type: ignore[attr-defined]
         phase = phase_class(config, make_mesh(config.mesh))
         state = train(
             phase, config.loop, run_dir, seed=config.seed, progress=progress, resume_command=command
@@ -67,40 +65,94 @@ def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
     return model_dir
 
 
-def claim(run_dir: Path, config: dict[str, Any]) -> None:
-    """Writes config.yaml, or checks that the one there is the same.
+def claim(run_dir: Path, config: Config) -> None:
+    """Notes config and inputs in the directory, or checks that they are those of the run there.
 
     Raises:
-      UserError: showing the difference, if there is something to lose.
+      UserError: as `check_same`, if there is something to lose.
     """
-    path = run_dir / "config.yaml"
-    holds_work = (run_dir / "model").exists() or any(run_dir.glob("checkpoints/*"))
-    if path.exists() and holds_work:
+    path, inputs = run_dir / "config.yaml", run_dir / "inputs.json"
+    checkpoints = run_dir / "checkpoints"
+    holds_work = (run_dir / "model").exists() or (
+        checkpoints.is_dir() and any(p.name.isdecimal() for p in checkpoints.iterdir())
+    )
+    if holds_work or (path.exists() and not inputs.exists()):
         check_same(run_dir, config)
         return
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    replace_file(path, text.encode())
+    replace_file(inputs, json.dumps(digests(config), indent=2).encode())
+    replace_file(path, dump(to_dict(config)).encode())
 
 
-def check_same(run_dir: Path, config: dict[str, Any]) -> None:
-    """Raises a UserError, showing the difference, if the directory was made with another config."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run_dir} is there, but no run made it (no config.yaml); move it away")
-    changes = diff(yaml.safe_load(path.read_text(encoding="utf-8")), config)
+def check_same(run_dir: Path, config: Config) -> None:
+    """Compares config and inputs with those that a directory was made with.
+
+    Raises:
+      UserError: showing the difference, or if no run made the directory.
+    """
+    path, inputs = run_dir / "config.yaml", run_dir / "inputs.json"
+    if not (path.is_file() and inputs.is_file()):
+        missing = inputs.name if path.is_file() else path.name
+        raise UserError(
+            f"{run_dir} is there, but no run made it (no {missing}); move it away, or choose "
+            "another name (name=...)"
+        )
+    changes = diff(load(path).values, to_dict(config))
     if changes:
         raise UserError(
             f"{run_dir} holds a run of another config (there -> now):\n  "
             + "\n  ".join(changes)
             + "\nchoose another name (name=...), undo the change, or delete the directory"
         )
+    before = json.loads(inputs.read_text(encoding="utf-8"))
+    for name, digest in digests(config).items():
+        if before.get(name) != digest:
+            raise UserError(
+                f"{run_dir} was made from another {name}: its content has changed since. Choose "
+                "another name (name=...), bring it back, or delete the directory"
+            )
+
+
+def digests(config: Config) -> dict[str, str]:
+    """ "KEY PATH" -> SHA-256 of the names and contents, for each input that is a file or directory
+    here. One that is gone may be: who needs it will say so."""
+    found = {}
+    for key in INPUTS:
+        value = to_dict(config)
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        for name in [value] if isinstance(value, str) else value or ():
+            path = Path(name).expanduser()
+            if path.exists():
+                found[f"{key} {name}"] = _digest(path)
+    return found
+
+
+def _digest(path: Path) -> str:
+    total = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        total.update(f"{file.relative_to(path)}\n{digest}\n".encode())
+    return total.hexdigest()
 
 
 @contextlib.contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Keeps a second process out of a run directory. The system frees it even after kill -9."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
+def lock(run_dir: Path, path: Path) -> Iterator[None]:
+    """Keeps a second process out of a run directory. The system frees it even after kill -9.
+
+    Args:
+      path: the file of the lock; its directory is created.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} cannot be written: {error.strerror}: {error.filename}; choose another "
+            "output_dir"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

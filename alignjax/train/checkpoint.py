@@ -1,6 +1,7 @@
 """(TrainState, position in the data) <-> a directory of Orbax checkpoints that survives kill -9."""
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,7 +72,9 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Starts to save; returns as soon as the arrays are copied to the host."""
-        known = None if metrics is None or self._best_metric not in metrics else dict(metrics)
+        # One that is not finite would be taken for the best.
+        value = math.nan if metrics is None else metrics.get(self._best_metric or "", math.nan)
+        known = dict(metrics) if metrics is not None and math.isfinite(value) else None
         self._manager.save(
             step,
             args=ocp.args.Composite(

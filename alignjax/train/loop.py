@@ -1,6 +1,7 @@
 """A phase and a run directory -> a trained artifact: the one loop, resumable at any moment."""
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -110,7 +111,8 @@ def train(
     that was killed at any moment continues as if it had not been, bit for bit.
 
     Raises:
-      KeyboardInterrupt: after Ctrl-C or SIGTERM, when the state is saved.
+      KeyboardInterrupt: after Ctrl-C or SIGTERM, when the state is saved; also where it was the
+        last step, so that no further stage begins.
       StopRunError: if the phase cannot collect data after some steps, when the state is saved.
       UserError: training has diverged.
     """
@@ -133,6 +135,7 @@ def train(
         last_step=step if restored is not None else -1,
         tensorboard=config.tensorboard,
         wandb_project=config.wandb_project,
+        warn=progress.warn,
     )
 
     def position_now() -> dict[str, Any]:
@@ -140,17 +143,21 @@ def train(
 
     def save(position: dict[str, Any], metrics: Mapping[str, float]) -> None:
         if checkpoints.latest_step() != step:
+            writer.sync()
             checkpoints.save(step, state, position, metrics)
 
-    failures = 0
+    best = config.best_metric
+    failures, num_logged = 0, 0
     with contextlib.closing(checkpoints), contextlib.closing(writer), _signals() as interrupted:
         if restored is None:
             first = phase.evaluate(state)
+            if best is not None and best.startswith("eval/"):
+                _check_best(best, first.metrics)
             writer.write(0, first.metrics, first.samples)
             progress.show(0, first.metrics)
         watch = _Stopwatch()
         with progress.bar(step, config.steps) as advance:
-            while step < config.steps:
+            while step < config.steps and not interrupted:
                 position = position_now()
                 try:
                     state, collected = phase.collect(state, records)
@@ -183,6 +190,7 @@ def train(
                     failures = failures + 1 if metrics.get("num_skipped_updates", 0) > 0 else 0
                     metrics |= watch.lap()
                     metrics["num_tokens"] = num_tokens
+                    num_logged += 1
                     samples += collected.samples[: config.num_samples]
                     for warning in (*collected.warnings, *phase.diagnose(metrics)):
                         progress.warn(f"step {step}: {warning}")
@@ -191,24 +199,34 @@ def train(
                         seen = phase.evaluate(state)
                     metrics |= seen.metrics
                     samples += seen.samples
+                if is_logged and best is not None and not best.startswith("eval/"):
+                    _check_best(best, metrics)
                 if metrics:
                     writer.write(step, metrics, samples)
                     progress.show(step, metrics)
                 advance(step, metrics)
-                if failures >= 5:
+                if failures >= 5 or (is_last and 0 < failures == num_logged):
                     checkpoints.wait()
                     raise UserError(
-                        f"step {step}: the gradient was not finite in 5 logged steps in a row; "
-                        "lower optimizer.learning_rate or look for the cause with --debug"
+                        f"step {step}: the gradient was not finite in {failures} logged steps in a "
+                        "row; lower optimizer.learning_rate or look for the cause with --debug"
                     )
                 if is_last or interrupted or step % config.checkpoint_every == 0:
                     save(position_now(), metrics)
-                if interrupted and not is_last:
-                    checkpoints.wait()
-                    progress.note(f"saved step {step}; {resume_command} continues from there")
-                    raise KeyboardInterrupt
+        if interrupted and step:
+            save(position_now(), {})  # If the signal came after the save above, or the last one.
         checkpoints.wait()
+        if interrupted:
+            done = f"saved step {step}" if step else "stopped before the first step"
+            progress.note(f"{done}; {resume_command} continues from there")
+            raise KeyboardInterrupt
     return state
+
+
+def _check_best(name: str, metrics: Mapping[str, float]) -> None:
+    if name not in metrics:
+        known = ", ".join(metrics) or "none"
+        raise UserError(f"loop.best_metric: there is no metric {name!r}; there are {known}")
 
 
 def _over_updates(updates: Sequence[Mapping[str, Array]]) -> dict[str, float]:
@@ -259,6 +277,8 @@ def _signals() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        # Not by print, which the signal may have interrupted.
+        os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
 
     try:
         previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}

@@ -13,7 +13,7 @@ from alignjax.core.types import Params
 class OptimizerConfig(Config):
     """AdamW (arXiv:1711.05101) with global-norm clipping, warm-up and decay."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
     """Peak, after warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: no change, or a decay over the remaining updates."""
@@ -24,7 +24,7 @@ class OptimizerConfig(Config):
     b1: float = Field(0.9, ge=0, lt=1)
     b2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Decoupled; on matrices only, not on norms and biases."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients with a larger global norm are scaled down to it."""

@@ -23,8 +23,9 @@ class Progress:
         self._print(text)
 
     def warn(self, text: str) -> None:
-        """Prints a warning; one that differs only in its numbers is printed 3 times at most."""
-        kind = "".join(c for c in text if not c.isdigit())
+        """Prints a warning; of a kind, which is what stands before a second colon and between the
+        numbers, 3 are printed at most."""
+        kind = "".join(c for c in ":".join(text.split(":")[:2]) if not c.isdigit())
         count = self._last_warning[kind] = self._last_warning.get(kind, 0) + 1
         if count <= 3:
             last = "" if count < 3 else " (not said again)"

@@ -94,8 +94,9 @@ def make_step(
         scale = jnp.where(loss.weight > 0, 1 / jnp.maximum(loss.weight, 1e-30), 0.0)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         grad_norm = optax.tree.norm(grads)
-        is_good = jnp.isfinite(grad_norm) & (loss.weight > 0)
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
+        # The norm of a large gradient overflows before its entries do: look at the updates, too.
+        is_good = jnp.isfinite(grad_norm + optax.tree.norm(updates)) & (loss.weight > 0)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(is_good, new, old),

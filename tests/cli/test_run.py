@@ -55,12 +55,12 @@ def test_every_config_that_ships_is_valid_and_says_how_to_run_it(path, capsys):
 
 def test_what_a_recipe_leaves(trained):
     assert sorted(p.name for p in (trained.root / "world").iterdir()) == [
-        "config.yaml", "corpus.jsonl", "test.jsonl", "tokenizer", "train.jsonl"
+        "config.yaml", "corpus.jsonl", "inputs.json", "test.jsonl", "tokenizer", "train.jsonl"
     ]  # fmt: skip
     for stage in ("base", "grpo"):
         names = {p.name for p in (trained.root / stage).iterdir()}
-        assert names >= {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "model",
-                         "report.png", "tensorboard"}  # fmt: skip
+        assert names >= {"config.yaml", "inputs.json", "metrics.jsonl", "samples.jsonl",
+                         "checkpoints", "model", "report.png", "tensorboard"}  # fmt: skip
         model = {p.name for p in (trained.root / stage / "model").iterdir()}
         assert model == {"config.json", "generation_config.json", "model.safetensors",
                          "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
@@ -83,7 +83,11 @@ def test_the_config_that_a_run_writes_is_a_config(trained, tmp_path):
 
 
 def test_a_second_run_says_that_it_is_done_and_touches_nothing(trained, capsys):
-    before = {p: p.stat().st_mtime_ns for p in trained.root.rglob("*") if p.name != ".lock"}
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in trained.root.rglob("*")
+        if p.suffix != ".lock" and p.name != ".lock"
+    }
     assert main(trained.command) == 0
     err = capsys.readouterr().err
     assert re.findall(r"^(\w+): .* is there already: nothing to do$", err, re.M) == [

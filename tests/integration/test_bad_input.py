@@ -412,8 +412,58 @@ def test_a_run_that_never_trained_may_be_mended(run, tmp_path):
     assert run(SFT, "loop.steps=1")[0] == 0
 
 
+def test_inputs_that_changed_since(run, home):
+    """Whether the run is finished or to be continued: its result would be of both."""
+    shutil.copytree(home / "model", "base")
+    command = (SFT, "model.path=base", "loop.steps=1")
+    assert run(*command)[0] == 0
+    assert run(*command)[0] == 0
+    os.utime("base/model.safetensors")  # the time alone is no change
+    assert run(*command)[0] == 0
+    before = Path("base/model.safetensors").read_bytes()
+    weights = load_file("base/model.safetensors")
+    save_file({name: 2 * x for name, x in weights.items()}, "base/model.safetensors")
+    message = (
+        "alignjax: runs/sft was made from another model.path base: its content has changed since. "
+        "Choose another name (name=...), bring it back, or delete the directory\n"
+    )
+    assert run(*command) == (2, message)
+    shutil.rmtree("runs/sft/model")
+    assert run(*command) == (2, message)
+    Path("base/model.safetensors").write_bytes(before)
+    assert run(*command)[0] == 0
+    shutil.rmtree("base")  # what is finished needs it no more
+    assert run(*command)[0] == 0
+
+
+def test_a_config_of_the_users_own_is_not_overwritten(run, home):
+    Path("mine").mkdir()
+    text = "# my notes\n" + SFT.replace("HOME", str(home))
+    Path("mine/config.yaml").write_text(text)
+    status, err = run(SFT, "name=mine", "output_dir=.")
+    assert status == 2
+    assert err == (
+        "alignjax: mine is there, but no run made it (no inputs.json); move it away, or choose "
+        "another name (name=...)\n"
+    )
+    assert Path("mine/config.yaml").read_text() == text
+
+
+def test_names_and_places_that_cannot_be(refused):
+    assert "name: '../x' names no directory of its own" in refused(SFT, "name=../x")
+    Path("file").write_text("")
+    assert refused(SFT, "output_dir=file") == (
+        "file/sft cannot be written: Not a directory: file/sft; choose another output_dir"
+    )
+
+
+def test_a_name_that_looks_like_a_number(run):
+    assert run(SFT, 'name="1e-4"', "loop.steps=1")[0] == 0
+    assert main(["export", "runs/1e-4", "exported"]) == 0
+
+
 def test_a_second_process(run, refused):
-    with lock(Path("runs/sft")):
+    with lock(Path("runs/sft"), Path("runs/sft/.lock")):
         assert refused(SFT) == "runs/sft: another process is at work in it"
     assert os.listdir("runs/sft") == [".lock"]
 

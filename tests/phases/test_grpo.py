@@ -4,6 +4,7 @@ The whole with a real sampler is in test_grpo_runs.py.
 """
 
 import json
+import math
 from collections import Counter
 
 import jax
@@ -281,6 +282,8 @@ def test_dynamic_sampling_drops_uninformative_groups_and_samples_other_prompts(m
     assert len(set(prompts)) == 12, "each round takes other prompts"
     assert len({key for _, key, _ in phase.sampler.calls}) == 3
     assert collected.metrics["num_rounds"] == 3
+    rows = [row for number in range(3) for row in sampled(phase, number)]
+    assert collected.num_tokens == sum(len(prompt) + len(ids) for (prompt, ids), _ in rows)
     assert collected.metrics["epoch"] == pytest.approx(12 / 40)
     assert collected.metrics["frac_reward_zero_std"] == pytest.approx(6 / 12)
     assert collected.metrics["num_failed_rewards"] == 2
@@ -332,6 +335,21 @@ def test_minibatches_part_the_samples_and_updates_repeat_them(make):
     ((_, again), _) = collect(make(rewards, algorithm={"num_minibatches": 3, "num_updates": 2}), 2)
     for a, b in zip(first, again, strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_learning_rate_decays_over_all_updates(make):
+    """2 iterations of 3 minibatches, each seen twice: 12 updates."""
+    phase = make(
+        [MIXED] * 4, algorithm={"num_minibatches": 3, "num_updates": 2}, loop={"steps": 2},
+        optimizer={"learning_rate": 1e-3, "schedule": "linear", "final_frac": 0.0},
+    )  # fmt: skip
+    state, records, rates = phase.init(jax.random.PRNGKey(0)), phase.records(), []
+    for _ in range(2):
+        state, collected = phase.collect(state, records)
+        for batch in collected.batches:
+            state, metrics = phase.step(state, batch)
+            rates.append(float(metrics["learning_rate"]))
+    np.testing.assert_allclose(rates, 1e-3 * (1 - np.arange(12) / 12), rtol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -393,6 +411,11 @@ def test_the_reference_follows_by_schedule(make):
         ]
         assert not pointers[0] & pointers[1], "a copy: the step donates the params"
     assert seen == [0, 0, 2, 2, 4]
+
+
+def test_a_reference_to_refresh_that_nothing_uses_is_refused(make):
+    with pytest.raises(ValidationError, match="reference_every=2 without kl_coef, which is 0"):
+        make([MIXED] * 4, algorithm={"reference_every": 2})
 
 
 def test_a_reference_that_stays_is_not_in_the_checkpoint(make):
@@ -545,6 +568,7 @@ def test_what_looks_wrong_is_said_with_the_remedy(make):
     assert phase.diagnose({k: fine[k] for k in list(fine)[:3]}) == [], "no update, no KL"
     for change, words in [
         ({"frac_reward_zero_std": 1.0}, ["all rewards are equal (mean 0.5)", "group_size"]),
+        ({"reward": math.nan, "frac_reward_zero_std": 1.0}, ["no sample has a reward"]),
         ({"completions/clipped_ratio": 1.0}, ["max_tokens=10", "raise it", "stop_tokens"]),
         ({"kl": 11.0}, ["11 nats", "learning_rate", "kl_coef"]),
         ({"sampling/sampling_logp_difference/max": 1.5}, ["1.5 nats", "float32"]),

@@ -48,6 +48,7 @@ def make(world, monkeypatch):
             },
             "rollout": {
                 "num_prompts": 8, "group_size": 4, "max_prompt_tokens": 16, "max_tokens": 8,
+                **changes.pop("rollout", {}),
             },
             # A loss that is not 0 by construction, and weights that have moved since sampling.
             "algorithm": {
@@ -84,7 +85,8 @@ def run(phase, num_steps, *, after=lambda state: None):
 
 
 def test_it_learns_to_say_seven(make):
-    phase = make(algorithm={"kl_coef": 0.0, "dynamic_sampling": False, "overlong_frac": 0.0},
+    phase = make(algorithm={"kl_coef": 0.0, "reference_every": 0, "dynamic_sampling": False,
+                            "overlong_frac": 0.0},
                  optimizer={"learning_rate": 2e-2})  # fmt: skip
     state = phase.init(jax.random.PRNGKey(0))
     before = phase.evaluate(state).metrics
@@ -186,6 +188,13 @@ def test_the_sampler_is_the_trainer(five_steps):
         assert float(updates[-1]["sampling/sampling_logp_difference/max"]) > 1e-3
     losses = [float(u["loss"]) for _, updates in five_steps[1] for u in updates]
     assert min(map(abs, losses)) > 1e-4, "not the 0 of an on-policy surrogate"
+
+
+def test_the_temperature_is_that_of_sampler_trainer_and_reference(make):
+    """Before the first update all three are the same weights, whatever the temperature."""
+    _, ((_, updates),) = run(make(rollout={"temperature": 0.6}), 1)
+    assert float(updates[0]["kl"]) < 1e-9
+    assert float(updates[0]["sampling/sampling_logp_difference/max"]) < 1e-5
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])

@@ -144,7 +144,7 @@ def test_what_a_killed_process_left_is_not_taken_for_a_stage(here, trained):
     (half / "stale").write_text("")
     run_recipe(recipe(RECIPE), command="")
     names = sorted(p.name for p in (here / "runs/r/words").iterdir())
-    assert names == ["config.yaml", "words.jsonl"]
+    assert names == ["config.yaml", "inputs.json", "words.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,13 @@ def test_a_fault_is_named_with_its_line(here, old, new, message):
     with pytest.raises(UserError) as caught:
         recipe(RECIPE.replace(old, new))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_names_that_lead_elsewhere_are_refused(here):
+    with pytest.raises(UserError, match=r"^r.yaml:1: name: '\.\.' names no directory"):
+        recipe(RECIPE.replace("name: r", "name: .."))
+    with pytest.raises(UserError, match=r"^r.yaml:4: stages.a/b: 'a/b' names no directory"):
+        recipe(RECIPE.replace("  words:", "  a/b:"))
 
 
 def test_no_stage_is_no_recipe():

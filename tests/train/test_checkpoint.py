@@ -98,9 +98,12 @@ def test_the_last_and_the_best_are_kept_even_over_a_restart(tmp_path, mode, best
     with opened(tmp_path, **options) as checkpoints:
         # Between evaluations there is no metric: such a checkpoint is no best one.
         checkpoints.save(7, state_of(7), {"at": 7}, {"loss": 0.0})
-        checkpoints.save(8, state_of(8), {"at": 8}, {"eval/loss": 2.0})
+        # Nor is one whose metric is not a number.
+        checkpoints.save(8, state_of(8), {"at": 8}, {"eval/loss": float("nan")})
+        for step in (9, 10):
+            checkpoints.save(step, state_of(step), {"at": step}, {"eval/loss": 2.0})
         checkpoints.wait()
-    assert steps_on_disk(tmp_path) == [best, 7, 8]
+    assert steps_on_disk(tmp_path) == [best, 9, 10]
 
 
 def test_only_the_last_are_kept_without_a_metric(tmp_path):

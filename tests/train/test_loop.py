@@ -16,7 +16,7 @@ from alignjax.core.errors import UserError
 from alignjax.core.types import Weighted
 from alignjax.train.checkpoint import Checkpointer
 from alignjax.train.loop import Collected, Evaluated, LoopConfig, StopRunError, train
-from alignjax.train.metrics import TIMINGS, read_metrics
+from alignjax.train.metrics import TIMINGS, MetricWriter, read_metrics
 from alignjax.train.optim import OptimizerConfig, make_optimizer
 from alignjax.train.progress import Progress
 from alignjax.train.state import create_state
@@ -167,7 +167,7 @@ def test_metrics_are_means_over_updates_and_counts_are_sums(tmp_path):
         def step(self, state, batch):
             state, metrics = super().step(state, batch)
             metrics |= {"a": jnp.float32(self.n), "sampling/a": jnp.float32(self.n)}
-            metrics["num_skipped_updates"] = jnp.float32(1.0)
+            metrics["num_skipped_updates"] = jnp.float32(self.n < 4)
             self.n += 1
             return state, metrics
 
@@ -176,7 +176,7 @@ def test_metrics_are_means_over_updates_and_counts_are_sums(tmp_path):
     run(tmp_path, Logged(num_updates=4), steps=2)
     _, first, second = read_metrics(tmp_path)
     assert (first["a"], first["sampling/a"], first["num_skipped_updates"]) == (1.5, 0.0, 4.0)
-    assert (second["a"], second["sampling/a"], second["num_skipped_updates"]) == (5.5, 4.0, 4.0)
+    assert (second["a"], second["sampling/a"], second["num_skipped_updates"]) == (5.5, 4.0, 0.0)
 
 
 def test_the_time_of_evaluations_is_not_that_of_steps(tmp_path):
@@ -228,9 +228,45 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_only_what_was_not_saved(tmp_path
     assert_same(tmp_path, state, *whole)
 
 
-def test_a_signal_in_the_last_iteration_finishes_the_run(tmp_path, whole):
-    state = run(tmp_path, Fake(lambda: os.kill(os.getpid(), signal.SIGTERM), at=6))
-    assert_same(tmp_path, state, *whole)
+def test_a_signal_in_the_last_iteration_lets_no_further_stage_begin(tmp_path, whole):
+    heard = Heard()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Fake(lambda: os.kill(os.getpid(), signal.SIGTERM), at=6), heard)
+    assert heard.notes == ["saved step 7; alignjax run x continues from there"]
+    phase = Fake()
+    assert_same(tmp_path, run(tmp_path, phase), *whole)
+    assert phase.seen == []
+
+
+def interrupt_evaluation(at):
+    class Interrupted(Fake):
+        def evaluate(self, state):
+            if int(state.step) == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().evaluate(state)
+
+    return Interrupted()
+
+
+def test_a_signal_in_the_last_evaluation_is_not_forgotten(tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, interrupt_evaluation(7))
+    assert_same(tmp_path, run(tmp_path), *whole)
+
+
+def test_a_signal_in_the_first_evaluation_leaves_nothing_to_continue(tmp_path, whole):
+    heard = Heard()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, interrupt_evaluation(0), heard)
+    assert heard.notes == ["stopped before the first step; alignjax run x continues from there"]
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert_same(tmp_path, run(tmp_path), *whole)
+
+
+def test_the_first_signal_says_that_it_was_heard(tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Fake(lambda: os.kill(os.getpid(), signal.SIGINT), at=2))
+    assert capfd.readouterr().err.count("finishing this step, then saving") == 1
 
 
 def stop(kind=StopRunError):
@@ -315,18 +351,54 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, whole):
     assert_same(tmp_path, state, run_dir, reference)
 
 
-def test_a_diverged_run_stops_with_advice(tmp_path):
-    class Diverges(Fake):
-        def collect(self, state, records):
-            state, collected = super().collect(state, records)
-            if int(state.step) >= 1:
-                for batch in collected.batches:
-                    batch["x"] = batch["x"] * np.nan
-            return state, collected
+class Diverges(Fake):
+    """Whose gradients are not finite in some of its steps."""
 
+    def __init__(self, *steps):
+        super().__init__()
+        self.steps = steps
+
+    def collect(self, state, records):
+        state, collected = super().collect(state, records)
+        if int(state.step) + 1 in self.steps:
+            for batch in collected.batches:
+                batch["x"] = batch["x"] * np.nan
+        return state, collected
+
+
+def test_a_diverged_run_stops_with_advice_and_is_not_saved(tmp_path):
     with pytest.raises(UserError, match=r"step 6: the gradient was not finite in 5 .* lower"):
-        run(tmp_path, Diverges(), steps=20)
+        run(tmp_path, Diverges(*range(2, 20)), steps=20)
     assert read_metrics(tmp_path)[-1]["loss"] is None
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_a_short_run_that_never_learned_is_no_success(tmp_path):
+    with pytest.raises(UserError, match=r"step 3: the gradient was not finite in 3 "):
+        run(tmp_path, Diverges(1, 2, 3), steps=3)
+
+
+def test_steps_that_go_wrong_now_and_then_are_survived(tmp_path):
+    run(tmp_path, Diverges(1, 2, 3, 5, 6, 7), steps=8)
+
+
+@pytest.mark.parametrize(("name", "there"), [("eval/v", "eval/w"), ("w", "loss")])
+def test_a_best_metric_that_does_not_exist_is_told_at_once(tmp_path, name, there):
+    phase = Fake()
+    with pytest.raises(UserError, match=f"best_metric: there is no metric '{name}'.*{there}"):
+        run(tmp_path, phase, best_metric=name)
+    assert len(phase.seen) <= 1
+
+
+def test_lines_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
+    events = []
+    save, sync = Checkpointer.save, MetricWriter.sync
+    monkeypatch.setattr(
+        Checkpointer, "save", lambda *a, **k: (events.append("save"), save(*a, **k))
+    )
+    monkeypatch.setattr(MetricWriter, "sync", lambda *a: (events.append("sync"), sync(*a)))
+    run(tmp_path)
+    assert events == ["sync", "save"] * 3
 
 
 def test_an_iteration_without_an_update_is_an_iteration(tmp_path):
