@@ -112,7 +112,8 @@ def test_tensorboard_is_rewound_and_gets_finite_numbers_only(tmp_path):
     writer.write(4, {"a": 0.5}, [])
     writer.close()
     opened(tmp_path, tensorboard=True, last_step=3).close()
-    assert values_on_the_board(tmp_path) == [(3, 0.25), (4, 0.5), (4, "restart")]
+    restarts = [(0, "restart"), (4, "restart")]
+    assert values_on_the_board(tmp_path) == [restarts[0], (3, 0.25), (4, 0.5), restarts[1]]
 
 
 def test_wandb_goes_on_as_the_same_run(tmp_path, monkeypatch):
