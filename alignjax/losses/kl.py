@@ -4,9 +4,10 @@ Each estimates sum_x p(x) log(p(x) / ref(x)) from one token x that the policy sa
 d = log p(x) - log ref(x). Source of all three: J. Schulman, "Approximating KL Divergence" (2020).
 """
 
+import jax.numpy as jnp
 from jax import Array
 
-from alignjax.losses.ratio import capped_exp, token_log_ratio
+from alignjax.losses.ratio import MAX_LOG, token_log_ratio
 
 
 def k1(logp: Array, ref_logp: Array, mask: Array) -> Array:
@@ -35,8 +36,11 @@ def k2(logp: Array, ref_logp: Array, mask: Array) -> Array:
 def k3(logp: Array, ref_logp: Array, mask: Array) -> Array:
     """Per-token estimate exp(-d) - 1 + d. Unbiased and >= 0; its on-policy gradient is biased.
 
-    Arguments, result and errors as in `k1`. The exponential stops at exp(20). GRPO's penalty:
-    arXiv:2402.03300 eq. 4.
+    Arguments, result and errors as in `k1`. Below d = -20 the value stays at exp(20) - 1 - 20 and
+    the gradient is 0, so that no float overflows. Near d = 0 two terms cancel: the error is a few
+    thousandths of d^2 / 2 at |d| = 1e-4, a fifth at 1e-6, and below 1e-7 the value is 0.
+    GRPO's penalty: arXiv:2402.03300 eq. 4.
     """
     d = token_log_ratio(logp, ref_logp, mask)
-    return capped_exp(-d) - 1.0 + d
+    d = jnp.where(d < -MAX_LOG, -MAX_LOG, d)  # in both terms: + d alone would push the wrong way
+    return jnp.expm1(-d) + d

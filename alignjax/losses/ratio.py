@@ -1,4 +1,4 @@
-"""Two log-probs of a token -> their difference and its exponential, finite whatever comes in."""
+"""Two log-probs of a token -> their difference, and an exponential of it that cannot overflow."""
 
 import chex
 import jax

@@ -69,3 +69,25 @@ def test_finite_at_extremes(estimator):
     on = jnp.ones((1, 2), bool)
     value, grad = jax.value_and_grad(lambda x: estimator(x, ref, on).sum())(logp)
     assert jnp.isfinite(value) and jnp.isfinite(grad).all()
+
+
+def test_k3_keeps_its_sign_and_precision_near_zero():
+    # exp(-d) - 1 + d in float32 is off by 6e-8 here, more than the value, and may be negative.
+    d = np.geomspace(1e-9, 1e-2, 701).astype(np.float32)
+    d = np.concatenate([d, -d])[None]
+    terms = losses.k3(jnp.asarray(d), jnp.zeros_like(d), jnp.ones(d.shape, bool))
+    assert (terms >= 0).all()
+    kept = np.abs(d) >= 1e-4
+    x = d[kept].astype(np.float64)
+    np.testing.assert_allclose(terms[kept], x**2 / 2 - x**3 / 6 + x**4 / 24, rtol=3e-3)
+
+
+def test_k3_far_below_the_reference():
+    def total(d):
+        return losses.k3(d, jnp.zeros_like(d), jnp.ones(d.shape, bool)).sum()
+
+    # Up to d = -20 a step against the gradient, 1 - exp(-d), raises d; beyond there is none.
+    value, grad = jax.value_and_grad(total)(jnp.array([[-25.0]]))
+    np.testing.assert_allclose(value, np.exp(20) - 21, rtol=1e-6)
+    assert grad.tolist() == [[0.0]]
+    np.testing.assert_allclose(jax.grad(total)(jnp.array([[-19.0]])), [[1 - np.exp(19)]], rtol=1e-6)
