@@ -34,6 +34,11 @@ class TokenLogps(NamedTuple):
     """[B, T] bool; True where no other token was more likely (ties count). No gradient."""
 
 
+def default_chunk_size(num_rows: int) -> int:
+    """Time steps of so many rows that make about ROWS_PER_CHUNK together; at least 8."""
+    return max(ROWS_PER_CHUNK // num_rows, _SMALLEST_CHUNK)
+
+
 def next_token_logps(
     hidden: Array,
     unembedding: Array,
@@ -56,8 +61,9 @@ def next_token_logps(
         predict no target, may be anything, even nan. mask[:, 0] has no predictor and is ignored.
       temperature: dimensionless, > 0; divides the logits. Traced; gradient stopped.
       chunk_size: time steps whose logits exist at once, B * chunk_size * V float32 in all; by
-        default about ROWS_PER_CHUNK / B, at least 8. Where B is spread over very many devices,
-        pass a larger one.
+        default about ROWS_PER_CHUNK / B, at least 8. Where B is spread over devices, pass
+        `default_chunk_size` of the rows on one of them: each chunk sums the gradient of the
+        unembedding over all devices.
       with_entropy: whether to compute entropies, which carry gradient.
     Returns:
       TokenLogps of [B, T] arrays. Logits, log-softmax and sums are float32 whatever the inputs.
@@ -73,7 +79,7 @@ def next_token_logps(
     if isinstance(temperature, int | float) and temperature <= 0:
         raise ValueError(f"temperature={temperature}: expected > 0 (greedy is scored at 1.0)")
     if chunk_size is None:
-        chunk_size = max(ROWS_PER_CHUNK // hidden.shape[0], _SMALLEST_CHUNK)
+        chunk_size = default_chunk_size(hidden.shape[0])
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: expected at least 1")
     tau = jnp.asarray(temperature, jnp.float32)

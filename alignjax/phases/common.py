@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Literal, Self
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 from pydantic import Field, model_validator
 
 from alignjax.core.config import Config, DirectoryName
 from alignjax.core.errors import UserError
-from alignjax.core.types import Params, Weighted
+from alignjax.core.types import Params
 from alignjax.losses import TokenLogps, next_token_logps
+from alignjax.losses.logprob import default_chunk_size
 from alignjax.models import Model, ModelConfig, load, save
-from alignjax.sharding import MeshConfig, init_sharded, shardings
+from alignjax.sharding import MeshConfig, batch_shards, init_sharded, shardings
 from alignjax.text import HFTokenizer, check_fits, load_tokenizer
 from alignjax.train.loop import LoopConfig
 from alignjax.train.optim import OptimizerConfig
@@ -128,10 +128,16 @@ def score_tokens(
     params: Params,
     batch: Batch,
     *,
+    num_shards: int = 1,
     temperature: float = 1.0,
     with_entropy: bool = True,
 ) -> TokenLogps:
-    """Token rows [R, T] -> the policy's log-probs of their targets; see `next_token_logps`."""
+    """Token rows [R, T] -> the policy's log-probs of their targets; see `next_token_logps`.
+
+    Args:
+      num_shards: parts that the rows are split into over devices (`sharding.batch_shards`); a chunk
+        of logits has about ROWS_PER_CHUNK rows on each, whatever their number.
+    """
     hidden, _ = model.apply(params, batch["tokens"], batch["segment_ids"], batch["positions"])
     return next_token_logps(
         hidden,
@@ -139,13 +145,9 @@ def score_tokens(
         batch["tokens"],
         batch["mask"],
         temperature=temperature,
+        chunk_size=default_chunk_size(batch["tokens"].shape[0] // num_shards),
         with_entropy=with_entropy,
     )
-
-
-def mean_over(values: Array, mask: Array) -> Weighted:
-    """A metric averaged over the targets of the global batch."""
-    return Weighted(jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask, dtype=jnp.float32))
 
 
 def rows_per_process(rows: int, mesh: Mesh) -> int:
@@ -154,7 +156,7 @@ def rows_per_process(rows: int, mesh: Mesh) -> int:
     Raises:
       UserError: if they do not divide over the devices along data and fsdp.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if rows % shards:
         raise UserError(
             f"{rows} rows in a micro-batch do not divide over {shards} devices (mesh data x fsdp); "

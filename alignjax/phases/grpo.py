@@ -24,19 +24,14 @@ from alignjax.data import (
     prompt_encoder,
 )
 from alignjax.generate import make_generate
+from alignjax.losses.ratio import capped_exp, token_log_ratio
 from alignjax.models import Model
-from alignjax.phases.common import (
-    Policy,
-    copied,
-    mean_over,
-    rows_per_process,
-    score_tokens,
-)
+from alignjax.phases.common import Policy, copied, rows_per_process, score_tokens
 from alignjax.phases.grpo_config import AlgorithmConfig, GrpoConfig
 from alignjax.rewards.combine import too_many_failures
 from alignjax.rewards.pool import RewardPool
 from alignjax.rewards.rollout import Rollouts, Task, rollout
-from alignjax.sharding import put_batch
+from alignjax.sharding import batch_shards, put_batch
 from alignjax.text import stop_ids
 from alignjax.train.loop import Collected, Evaluated, StopRunError
 from alignjax.train.optim import make_optimizer
@@ -60,9 +55,10 @@ def grpo_loss(
     *,
     temperature: float,
     max_tokens: int,
+    num_shards: int = 1,
 ) -> tuple[Weighted, Metrics]:
     """Clipped surrogate, plus the KL where the batch has reference log-probs, over token rows."""
-    out = score_tokens(model, params, batch, temperature=temperature)
+    out = score_tokens(model, params, batch, num_shards=num_shards, temperature=temperature)
     mask, old_logps = batch["mask"], batch["old_logps"]
     surrogate = losses.ppo_clip(
         out.logps,
@@ -73,26 +69,26 @@ def grpo_loss(
         clip_high=algorithm.clip_high,
     )
     loss = surrogate.loss
-    log_ratio = jax.lax.stop_gradient(jnp.where(mask, out.logps - old_logps, 0.0))
-    difference, ratio = jnp.abs(log_ratio), jnp.exp(log_ratio)
+    log_ratio = jax.lax.stop_gradient(token_log_ratio(out.logps, old_logps, mask))
+    difference, ratio = jnp.abs(log_ratio), capped_exp(log_ratio)
     assert out.entropies is not None
     metrics = {
-        "entropy": mean_over(out.entropies, mask),
-        "clip_ratio/low_mean": mean_over(surrogate.is_low, mask),
-        "clip_ratio/high_mean": mean_over(surrogate.is_high, mask),
-        "clip_ratio/region_mean": mean_over(surrogate.is_clipped, mask),
-        "sampling/sampling_logp_difference/mean": mean_over(difference, mask),
+        "entropy": losses.token_mean(out.entropies, mask),
+        "clip_ratio/low_mean": losses.token_mean(surrogate.is_low.astype(jnp.float32), mask),
+        "clip_ratio/high_mean": losses.token_mean(surrogate.is_high.astype(jnp.float32), mask),
+        "clip_ratio/region_mean": losses.token_mean(surrogate.is_clipped.astype(jnp.float32), mask),
+        "sampling/sampling_logp_difference/mean": losses.token_mean(difference, mask),
         "sampling/sampling_logp_difference/max": Maximum(jnp.max(difference)),
         "sampling/importance_sampling_ratio/min": Minimum(
             jnp.min(ratio, initial=jnp.inf, where=mask)
         ),
-        "sampling/importance_sampling_ratio/mean": mean_over(ratio, mask),
+        "sampling/importance_sampling_ratio/mean": losses.token_mean(ratio, mask),
         "sampling/importance_sampling_ratio/max": Maximum(jnp.max(ratio, initial=0.0, where=mask)),
     }
     if "ref_logps" in batch:
         kl = KL_ESTIMATORS[algorithm.kl_estimator](out.logps, batch["ref_logps"], mask)
         loss = loss + algorithm.kl_coef * kl
-        metrics["kl"] = mean_over(kl, mask)
+        metrics["kl"] = losses.token_mean(kl, mask)
     return REDUCTIONS[algorithm.reduction](loss, batch, max_tokens), metrics
 
 
@@ -136,18 +132,21 @@ class Grpo:
         self._generate = make_generate(model, mesh=mesh, max_rows=rollout.max_rows)
         self._score = RewardPool(config.rewards)
         self._reference: Params | None = None
+        num_shards = batch_shards(mesh)
 
         def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
             return grpo_loss(
                 model, params, batch, algorithm,
                 temperature=rollout.temperature, max_tokens=rollout.max_tokens,
+                num_shards=num_shards,
             )  # fmt: skip
 
         def ref_logps(params: Params, batch: Batch) -> Array:
             def micro(mb: Batch) -> Array:
                 out = score_tokens(
-                    model, params, mb, temperature=rollout.temperature, with_entropy=False
-                )
+                    model, params, mb,
+                    num_shards=num_shards, temperature=rollout.temperature, with_entropy=False,
+                )  # fmt: skip
                 return out.logps
 
             return jax.lax.map(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -21,14 +22,8 @@ from alignjax.data import (
 )
 from alignjax.losses import cross_entropy, token_mean
 from alignjax.models import Model
-from alignjax.phases.common import (
-    PhaseConfig,
-    Policy,
-    mean_over,
-    rows_per_process,
-    score_tokens,
-)
-from alignjax.sharding import put_batch
+from alignjax.phases.common import PhaseConfig, Policy, rows_per_process, score_tokens
+from alignjax.sharding import batch_shards, put_batch
 from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import make_optimizer
 from alignjax.train.state import TrainState, create_state
@@ -63,15 +58,17 @@ class SftConfig(PhaseConfig):
     data: SftData
 
 
-def sft_loss(model: Model, params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
+def sft_loss(
+    model: Model, params: Params, batch: Batch, *, num_shards: int = 1
+) -> tuple[Weighted, Metrics]:
     """Cross-entropy per target token, in nats, over token rows [R, T]."""
-    out = score_tokens(model, params, batch)
+    out = score_tokens(model, params, batch, num_shards=num_shards)
     mask = batch["mask"]
     loss = token_mean(cross_entropy(out.logps, mask), mask)
     assert out.entropies is not None
     return loss, {
-        "entropy": mean_over(out.entropies, mask),
-        "mean_token_accuracy": mean_over(out.is_argmax, mask),
+        "entropy": token_mean(out.entropies, mask),
+        "mean_token_accuracy": token_mean(out.is_argmax.astype(jnp.float32), mask),
     }
 
 
@@ -94,7 +91,7 @@ class Sft:
         self._optimizer = make_optimizer(config.optimizer, config.loop.steps)
 
         def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
-            return sft_loss(model, params, batch)
+            return sft_loss(model, params, batch, num_shards=batch_shards(mesh))
 
         self._step = make_step(loss, self._optimizer)
         self._evaluate = make_evaluate(loss)

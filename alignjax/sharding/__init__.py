@@ -1,7 +1,15 @@
 """Devices in a mesh, and which axis of which array goes where."""
 
-from alignjax.sharding.mesh import MeshConfig, make_mesh
+from alignjax.sharding.mesh import MeshConfig, batch_shards, make_mesh
 from alignjax.sharding.place import init_sharded, put_batch
 from alignjax.sharding.rules import fit, shardings
 
-__all__ = ["MeshConfig", "fit", "init_sharded", "make_mesh", "put_batch", "shardings"]
+__all__ = [
+    "MeshConfig",
+    "batch_shards",
+    "fit",
+    "init_sharded",
+    "make_mesh",
+    "put_batch",
+    "shardings",
+]

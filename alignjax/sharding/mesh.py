@@ -64,5 +64,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into: the devices along data and fsdp."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def _spell(sizes: Sequence[int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from alignjax.sharding.mesh import BATCH_AXES
+from alignjax.sharding.mesh import BATCH_AXES, batch_shards
 from alignjax.sharding.rules import fit
 
 
@@ -37,7 +36,7 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0) -> dict
     Raises:
       ValueError: if the rows of all processes do not divide evenly over data x fsdp.
     """
-    num_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    num_shards = batch_shards(mesh)
 
     def put(name: str, value: Any) -> jax.Array:
         array = np.asarray(value)

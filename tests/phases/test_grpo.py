@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from alignjax.core.errors import UserError
 from alignjax.core.types import LENGTH, STOP, Completions, Score
 from alignjax.data import pack
+from alignjax.losses import next_token_logps
 from alignjax.models import Model, ModelConfig
-from alignjax.phases import grpo
+from alignjax.phases import common, grpo
 from alignjax.phases.grpo import Grpo, grpo_loss, is_informative
 from alignjax.phases.grpo_config import AlgorithmConfig, GrpoConfig
 from alignjax.recipes import chains
@@ -74,7 +75,7 @@ class FakeRewards:
 
 @pytest.fixture
 def make(world, monkeypatch):
-    def build(*rewards, num_prompts=4, group_size=3, max_tokens=10, **changes):
+    def build(*rewards, num_prompts=4, group_size=3, max_tokens=10, devices=1, **changes):
         sampler, score = FakeSampler(), FakeRewards(*rewards)
         monkeypatch.setattr(grpo, "make_generate", lambda model, **_: sampler)
         monkeypatch.setattr(grpo, "RewardPool", lambda config: score)
@@ -100,7 +101,7 @@ def make(world, monkeypatch):
             "evaluation": {"num_problems": 6},
             **changes,
         }  # fmt: skip
-        mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
         phase = Grpo(GrpoConfig.model_validate(values), mesh)
         phase.sampler, phase.score = sampler, score
         return phase
@@ -424,6 +425,24 @@ def test_a_reference_that_stays_is_not_in_the_checkpoint(make):
     state = phase.init(jax.random.PRNGKey(0))
     assert state.reference is None
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((phase._reference, state.params)))
+
+
+def test_chunks_of_logits_grow_with_the_devices(make, monkeypatch):
+    """Each device gets 1,024 rows of logits: with 12 rows over 4 devices, 341 time steps."""
+    sizes = []
+
+    def spy(*args, chunk_size, **options):
+        sizes.append(chunk_size)
+        return next_token_logps(*args, chunk_size=chunk_size, **options)
+
+    monkeypatch.setattr(common, "next_token_logps", spy)
+    phase = make([MIXED] * 4, devices=4, algorithm={"kl_coef": 0.1})
+    state, records = phase.init(jax.random.PRNGKey(0)), phase.records()
+    state, collected = phase.collect(state, records)
+    (batch,) = collected.batches
+    num_for_reference = len(sizes)
+    phase.step(state, batch)
+    assert set(sizes) == {341} and len(sizes) > num_for_reference > 0
 
 
 def test_metrics_of_an_iteration_by_hand(make):

@@ -10,6 +10,8 @@ import pytest
 
 from alignjax.core.errors import UserError
 from alignjax.data import pack
+from alignjax.losses import next_token_logps
+from alignjax.phases import common
 from alignjax.phases.sft import Sft, SftConfig
 from alignjax.recipes import chains
 from alignjax.sharding import MeshConfig, make_mesh
@@ -135,6 +137,22 @@ def assert_same(result, reference):
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_8_devices_change_nothing(world, five_steps, sizes):
     assert_same(run(make(world, sizes=sizes), 5), five_steps)
+
+
+def test_chunks_of_logits_grow_with_the_devices(world, monkeypatch):
+    """Each device gets 1,024 rows of logits: with 8 rows over 4 shards, 512 time steps."""
+    sizes = []
+
+    def spy(*args, chunk_size, **options):
+        sizes.append(chunk_size)
+        return next_token_logps(*args, chunk_size=chunk_size, **options)
+
+    monkeypatch.setattr(common, "next_token_logps", spy)
+    phase = make(world, sizes=(2, 2, 2))
+    state, _ = run(phase, 1)
+    num_in_step = len(sizes)
+    phase.evaluate(state)
+    assert set(sizes) == {512} and len(sizes) > num_in_step > 0
 
 
 def test_4_micro_batches_change_nothing(world, five_steps):
