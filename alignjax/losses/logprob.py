@@ -1,5 +1,6 @@
 """Hidden states and an unembedding -> log-probs of tokens; the logits of a batch never exist whole.
 
+That holds beyond ROWS_PER_CHUNK rows (B * T of them), which a chunk of the default size may hold.
 Each row's targets are moved to its front, then a loop over chunks of the time axis makes the logits
 of one chunk at a time, forward and (again) backward, and stops after the last chunk that holds a
 target in any row. Prompt and padding therefore never reach the unembedding, but for what levels the
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from alignjax.core.precision import matmul_precision
@@ -55,11 +57,14 @@ def next_token_logps(
 
     Args:
       hidden: [B, T, D] float32 or bfloat16; final-normed. Carries gradient.
-      unembedding: [D, V] floating point. Carries gradient, summed in float32.
+      unembedding: [D, V] float32 or bfloat16. Carries gradient, summed in float32.
       tokens: [B, T] int32, 0 <= tokens < V under the mask.
       mask: [B, T] bool; True where the token is a target. Elsewhere tokens, and hidden states that
-        predict no target, may be anything, even nan. mask[:, 0] has no predictor and is ignored.
-      temperature: dimensionless, > 0; divides the logits. Traced; gradient stopped.
+        predict no target, may be anything, even nan. Never True on the first token of a sequence
+        or segment: it would be predicted from the segment before; mask[:, 0], which has no
+        predictor, is ignored here, but `losses.token_mean` and the others would count it.
+      temperature: [] float or a number, dimensionless, > 0; divides the logits. Traced; gradient
+        stopped.
       chunk_size: time steps whose logits exist at once, B * chunk_size * V float32 in all; by
         default about ROWS_PER_CHUNK / B, at least 8. Where B is spread over devices, pass
         `default_chunk_size` of the rows on one of them: each chunk sums the gradient of the
@@ -69,14 +74,19 @@ def next_token_logps(
       TokenLogps of [B, T] arrays. Logits, log-softmax and sums are float32 whatever the inputs.
     Raises:
       AssertionError: at trace time, on a rank, shape or dtype other than the above.
-      ValueError: if chunk_size < 1, or temperature is a Python number <= 0.
+      ValueError: if B, T or chunk_size < 1, or temperature is a Python or NumPy number not > 0.
     Source: the chain rule of probability; logits recomputed in blocks: arXiv:2411.09009.
     """
-    chex.assert_rank([hidden, unembedding, tokens, mask], [3, 2, 2, 2])
+    chex.assert_rank([hidden, unembedding, tokens, mask, temperature], [3, 2, 2, 2, 0])
     chex.assert_equal_shape_prefix([hidden, tokens, mask], 2)
     chex.assert_equal(hidden.shape[2], unembedding.shape[0])
-    chex.assert_type([hidden, unembedding, tokens, mask], [float, float, jnp.int32, bool])
-    if isinstance(temperature, int | float) and temperature <= 0:
+    chex.assert_type([tokens, mask], [jnp.int32, bool])
+    for name, x in (("hidden", hidden), ("unembedding", unembedding)):
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            raise AssertionError(f"{name} is {x.dtype}: expected float32 or bfloat16")
+    if not mask.size:
+        raise ValueError(f"mask is {mask.shape}: expected at least one row and one time step")
+    if isinstance(temperature, int | float | np.generic | np.ndarray) and not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected > 0 (greedy is scored at 1.0)")
     if chunk_size is None:
         chunk_size = default_chunk_size(hidden.shape[0])
@@ -84,7 +94,7 @@ def next_token_logps(
         raise ValueError(f"chunk_size={chunk_size}: expected at least 1")
     tau = jnp.asarray(temperature, jnp.float32)
     plan = _plan(mask, min(chunk_size, hidden.shape[1]))
-    return _token_logps(with_entropy, hidden, unembedding, tokens, tau, plan)
+    return _compiled(with_entropy, hidden, unembedding, tokens, tau, plan)
 
 
 class _Plan(NamedTuple):
@@ -224,3 +234,5 @@ def _backward(
 
 
 _token_logps.defvjp(_forward, _backward)
+# The bodies of the loops are new at each call: without this, calls outside jit compile each time.
+_compiled = jax.jit(_token_logps, static_argnums=0)

@@ -137,6 +137,13 @@ def test_shift_by_hand():
     assert next_token_logps(jnp.ones((1, 4, 3)), jnp.eye(3), tokens, said > 0).entropies is None
 
 
+def test_ties_count_as_most_likely():
+    logits = jnp.array([[[2.0, 2.0, 1.0]] * 4])
+    tokens = jnp.array([[0, 0, 1, 2]])
+    out = next_token_logps(logits, jnp.eye(3), tokens, jnp.ones((1, 4), bool))
+    assert out.is_argmax.tolist() == [[False, True, True, False]]
+
+
 def test_extreme_logits_and_rows_without_targets():
     hidden, unembedding, tokens, mask, grads = batch()
     expected = oracle(hidden * 1e6, unembedding, tokens, mask, 1.0, *grads)
@@ -155,13 +162,14 @@ def test_extreme_logits_and_rows_without_targets():
     assert (d_h == 0).all() and (d_w == 0).all()
 
 
-def test_bfloat16_is_summed_in_float32():
+@pytest.mark.parametrize("tau", [1.0, 0.7])  # 0.7 is not a bfloat16
+def test_bfloat16_is_summed_in_float32(tau):
     hidden, unembedding, tokens, mask, grads = batch(seed=1)
     h, w = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(unembedding, jnp.bfloat16)
-    expected = oracle(h, w, tokens, mask, 1.0, *grads)
+    expected = oracle(h, w, tokens, mask, tau, *grads)
 
     def loss(h, w):
-        return scalar(h, w, tokens, mask, grads, chunk_size=2)
+        return scalar(h, w, tokens, mask, grads, chunk_size=2, temperature=tau)
 
     (d_h, d_w), out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(h, w)
     np.testing.assert_allclose(out.logps, expected[0], rtol=1e-5, atol=1e-5)
@@ -202,12 +210,13 @@ def arrays(jaxpr):
             yield from arrays(inner)
 
 
-def test_no_array_of_all_logits_exists():
-    time, dim, vocab, chunk = 64, 5, 509, 4
+@pytest.mark.parametrize(("time", "chunk_size", "chunk"), [(64, 4, 4), (4096, None, 341)])
+def test_no_array_of_all_logits_exists(time, chunk_size, chunk):
+    dim, vocab = 5, 509
     hidden, unembedding, tokens, mask, grads = batch(0, (3, time), dim, vocab)
 
     def loss(h, w):
-        return scalar(h, w, tokens, mask, grads, chunk_size=chunk)[0]
+        return scalar(h, w, tokens, mask, grads, chunk_size=chunk_size)[0]
 
     grad = jax.grad(loss, (0, 1))
     shapes = set(arrays(jax.make_jaxpr(grad)(hidden, unembedding).jaxpr))
@@ -228,6 +237,7 @@ def test_chunks_without_a_target_are_skipped(monkeypatch):
 
     monkeypatch.setattr(logprob, "_logits", spy)
     hidden, unembedding, tokens, _, grads = batch(dirty=False)
+    jax.clear_caches()  # of traces without the spy
     late = np.zeros((B, T), bool)
     late[:, -3:] = True  # prompts of 10 tokens, completions of 3
     late[2, 5:7] = True  # and one row with 5 targets in two places
@@ -237,7 +247,27 @@ def test_chunks_without_a_target_are_skipped(monkeypatch):
 
     jax.block_until_ready(jax.grad(loss)(hidden))
     jax.effects_barrier()
+    jax.clear_caches()  # of traces with it
     assert seen == [4] * 4  # 5 targets at most in a row: 2 chunks of 4, forward and backward
+
+
+def test_calls_outside_jit_compile_once(monkeypatch):
+    num_traces = 0
+    product = logprob._logits
+
+    def spy(*args):
+        nonlocal num_traces
+        num_traces += 1
+        return product(*args)
+
+    monkeypatch.setattr(logprob, "_logits", spy)
+    hidden, unembedding, tokens, mask, grads = batch(shape=(B, T + 1))
+    seen = []
+    for scale in (1.0, 2.0):
+        grad = jax.grad(lambda h: scalar(h, unembedding, tokens, mask, grads)[0])
+        grad(scale * hidden)
+        seen.append(num_traces)
+    assert seen[0] == seen[1] > 0
 
 
 def test_the_same_on_eight_devices():
@@ -287,8 +317,15 @@ def test_gradient_accumulation_by_scan():
 def test_errors():
     h, w, tokens = jnp.ones((2, 4, 3)), jnp.ones((3, 5)), jnp.zeros((2, 4), jnp.int32)
     on = tokens == 0
-    with pytest.raises(ValueError, match="temperature=0"):
-        next_token_logps(h, w, tokens, on, temperature=0)
+    for tau in (0, -1.0, float("nan"), np.float32(0), np.array(0.0), np.float64("nan")):
+        with pytest.raises(ValueError, match=r"temperature=.*expected > 0"):
+            next_token_logps(h, w, tokens, on, temperature=tau)
+    for tau in (np.ones(2), jnp.ones((1, 1))):
+        with pytest.raises(AssertionError):
+            next_token_logps(h, w, tokens, on, temperature=tau)
+    for empty in (slice(0), (slice(None), slice(0))):
+        with pytest.raises(ValueError, match="at least one row and one time step"):
+            next_token_logps(h[empty], w, tokens[empty], on[empty])
     with pytest.raises(ValueError, match="chunk_size=0"):
         next_token_logps(h, w, tokens, on, chunk_size=0)
     for args in (
@@ -297,6 +334,10 @@ def test_errors():
         (h, w, tokens, tokens),
         (h, w, on, on),
         (h[0], w, tokens, on),
+        (h.astype(jnp.float16), w, tokens, on),
+        (h, w.astype(jnp.float16), tokens, on),
+        (h.astype(int), w, tokens, on),
+        (h, w, tokens.astype(jnp.int16), on),
     ):
         with pytest.raises(AssertionError):
             next_token_logps(*args)
