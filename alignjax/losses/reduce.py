@@ -19,6 +19,8 @@ def token_mean(loss: Array, mask: Array) -> Weighted:
     Args:
       loss: [B, T] float32. Carries gradient.
       mask: [B, T] bool; True on the tokens that count. Elsewhere loss may be anything, even nan.
+        Never True on the first token of a sequence or segment, which nothing predicts: its loss,
+        0 or of another segment, would be counted.
     Returns:
       Weighted of [] float32; 0, 0 if no token counts.
     Raises:
@@ -34,7 +36,7 @@ def sequence_mean(loss: Array, mask: Array, segment_ids: Array) -> Weighted:
 
     Args:
       loss: [B, T] float32. Carries gradient.
-      mask: [B, T] bool; True on the tokens that count. Elsewhere loss may be anything, even nan.
+      mask: as in `token_mean`; elsewhere segment_ids, too, may be anything.
       segment_ids: [B, T] int32, 0 <= segment_ids <= T; the sequence of each token within its row.
     Returns:
       Weighted of [] float32. A sequence without a token that counts has no weight.
@@ -43,6 +45,7 @@ def sequence_mean(loss: Array, mask: Array, segment_ids: Array) -> Weighted:
     Source: arXiv:2402.03300 eq. 3 (GRPO).
     """
     _check(loss, mask, segment_ids)
+    segment_ids = jnp.where(mask, segment_ids, 0)  # beyond the row's length one would read nan
     counts = _token_counts(mask, segment_ids)
     lengths = jnp.take_along_axis(counts, segment_ids, axis=1)
     means = jnp.where(mask, loss, 0.0) / jnp.maximum(lengths, 1.0)
@@ -54,7 +57,7 @@ def fixed_length(loss: Array, mask: Array, segment_ids: Array, *, max_len: int) 
 
     Args:
       loss: [B, T] float32. Carries gradient.
-      mask: [B, T] bool; True on the tokens that count. Elsewhere loss may be anything, even nan.
+      mask: as in `token_mean`; elsewhere segment_ids, too, may be anything.
       segment_ids: [B, T] int32, 0 <= segment_ids <= T; the sequence of each token within its row.
       max_len: tokens; the largest length a completion may have, never the longest of a batch.
     Returns:

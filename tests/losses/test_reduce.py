@@ -1,5 +1,7 @@
 """Reductions by hand and against loops in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,14 @@ def test_every_id_up_to_the_length_of_the_row_counts():
     assert [float(x) for x in out] == [7, 3]
 
 
+@pytest.mark.parametrize("dirt", [-1, 7, 2**31 - 1])
+def test_segment_ids_off_mask_may_be_anything(dirt):
+    ids = jnp.where(MASK, SEGMENTS, dirt)
+    for reduce in (losses.sequence_mean, partial(losses.fixed_length, max_len=9)):
+        out = reduce(LOSS, MASK, ids)
+        assert [float(x) for x in out] == [float(x) for x in reduce(LOSS, MASK, SEGMENTS)]
+
+
 def test_nothing_to_count():
     off = jnp.zeros((2, 6), bool)
     for out in (
@@ -77,3 +87,6 @@ def test_errors():
         losses.token_mean(LOSS, MASK[:, :3])
     with pytest.raises(AssertionError):
         losses.sequence_mean(LOSS, MASK, SEGMENTS.astype(jnp.float32))
+    for loss, mask in ((LOSS.astype(jnp.bfloat16), MASK), (LOSS, MASK.astype(jnp.float32))):
+        with pytest.raises(AssertionError):
+            losses.token_mean(loss, mask)
