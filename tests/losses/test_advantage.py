@@ -39,8 +39,8 @@ def test_random_ragged_groups(ddof, eps):
 def test_by_hand():
     rewards = jnp.array([[1.0, 0, 0, 1.0], [1.0, 0, 0, 0]])
     valid = jnp.ones((2, 4), bool)
-    zscore = losses.group_zscore(rewards, valid, eps=1e-4)
-    std = np.array([[np.sqrt(1 / 3)], [0.5]])  # ddof 1
+    zscore = losses.group_zscore(rewards, valid)
+    std = np.array([[np.sqrt(1 / 3)], [0.5]])  # ddof 1, and eps 1e-4
     expected = np.array([[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25]])
     np.testing.assert_allclose(zscore, expected / (std + 1e-4), rtol=1e-6)
     np.testing.assert_allclose(losses.group_center(rewards, valid), expected, rtol=1e-6)
@@ -97,3 +97,8 @@ def test_overlong_penalty_by_hand():
 def test_overlong_penalty_errors(buffer):
     with pytest.raises(ValueError, match="0 < buffer <= max_len"):
         losses.overlong_penalty(jnp.array([1]), max_len=10, buffer=buffer)
+
+
+def test_overlong_penalty_takes_whole_tokens():
+    with pytest.raises(AssertionError):
+        losses.overlong_penalty(jnp.array([1.0]), max_len=10, buffer=5)

@@ -58,6 +58,18 @@ def test_by_hand():
     assert out.is_clipped.tolist() == [[True, False, False, True, False]]
 
 
+def test_default_clip():
+    ratio, adv = jnp.array([[1.5, 0.5]]), jnp.array([[1.0, -1.0]])
+    out = losses.ppo_clip(jnp.log(ratio), jnp.zeros((1, 2)), adv, jnp.ones((1, 2), bool))
+    np.testing.assert_allclose(out.loss, [[-1.2, 0.8]], rtol=1e-6)
+
+
+def test_nothing_is_clipped_where_the_advantage_is_zero():
+    ratio, adv = jnp.array([[3.0, 0.1]]), jnp.zeros((1, 2))
+    out = losses.ppo_clip(jnp.log(ratio), adv, adv, jnp.ones((1, 2), bool))
+    assert not out.is_low.any() and not out.is_high.any()
+
+
 @pytest.mark.parametrize("clip", [0.2, 0.0])
 def test_on_policy_gradient_is_minus_advantage_whatever_the_clip(clip):
     adv = jnp.array([[2.0, -3.0]])
@@ -90,3 +102,5 @@ def test_errors():
         losses.ppo_clip(x, x, jnp.zeros((1, 3)), on)
     with pytest.raises(AssertionError):
         losses.ppo_clip(x, x, x, jnp.ones((1, 2)))
+    with pytest.raises(AssertionError):
+        losses.ppo_clip(x, x, x.astype(jnp.bfloat16), on)

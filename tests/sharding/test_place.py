@@ -42,7 +42,8 @@ def test_params_are_born_sharded(mesh):
 
 def test_batch(mesh):
     tokens = np.arange(2 * 8 * 3, dtype=np.int32).reshape(2, 8, 3)
-    batch = put_batch({"tokens": tokens, "step": np.int32(7)}, mesh, batch_axis=1)
+    arrays = {"tokens": tokens, "step": np.int32(7), "scale": np.ones(3, np.float32)}
+    batch = put_batch(arrays, mesh, batch_axis=1)
     np.testing.assert_array_equal(batch["tokens"], tokens)
     assert batch["tokens"].sharding.spec == PartitionSpec(None, ("data", "fsdp"))
     for shard in batch["tokens"].addressable_shards:
@@ -50,6 +51,7 @@ def test_batch(mesh):
         np.testing.assert_array_equal(shard.data, tokens[shard.index])
     assert batch["step"].sharding.is_fully_replicated
     assert int(batch["step"]) == 7
+    assert batch["scale"].sharding.is_fully_replicated and batch["scale"].shape == (3,)
 
 
 def test_rows_that_do_not_divide(mesh):
