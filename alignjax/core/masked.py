@@ -44,12 +44,11 @@ def std(
     so that a large mean costs no precision.
     """
     count = jnp.sum(where, axis, dtype=jnp.float32, keepdims=keepdims)
-    deviation = x - mean(x, where, axis, keepdims=True)
-    square = (
-        jnp.where(where, deviation, 0.0) ** 2
-    )  # mask before squaring: inf ** 2 has a nan gradient
+    # Masked before it is squared: inf ** 2 has a nan gradient.
+    deviation = jnp.where(where, x - mean(x, where, axis, keepdims=True), 0.0)
     freedom = count - ddof
-    variance = sum(square, where, axis, keepdims=keepdims) / jnp.maximum(freedom, 1.0)
+    squares = jnp.sum(deviation**2, axis, dtype=jnp.float32, keepdims=keepdims)
+    variance = squares / jnp.maximum(freedom, 1.0)
     is_spread = (variance > 0.0) & (freedom > 0.0)
     # The square root has an infinite slope at 0: it must never see one.
     return jnp.where(is_spread, jnp.sqrt(jnp.where(is_spread, variance, 1.0)), 0.0)
