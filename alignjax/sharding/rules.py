@@ -42,15 +42,18 @@ def shardings(logical_axes: Any, mesh: Mesh, shapes: Any = None) -> Any:
 
 
 def fit(shardings: Any, shapes: Any) -> Any:
-    """Replicates every axis whose size the mesh axes do not divide: 23 words over 2 devices."""
+    """Replicates every axis whose size the mesh axes do not divide: 23 words over 2 devices.
+
+    Raises:
+      ValueError: if an array has not as many axes as its sharding names.
+    """
 
     def fitted(sharding: NamedSharding, array: Any) -> NamedSharding:
         def kept(size: int, names: str | tuple[str, ...] | None) -> Any:
             split = () if names is None else (names,) if isinstance(names, str) else names
             return None if size % math.prod(sharding.mesh.shape[name] for name in split) else names
 
-        spec = sharding.spec
-        names = (*spec, *(None,) * (len(array.shape) - len(spec)))
-        return NamedSharding(sharding.mesh, PartitionSpec(*map(kept, array.shape, names)))
+        pairs = zip(array.shape, sharding.spec, strict=True)  # an axis too few or many is a mistake
+        return NamedSharding(sharding.mesh, PartitionSpec(*(kept(*pair) for pair in pairs)))
 
     return jax.tree.map(fitted, shardings, shapes)

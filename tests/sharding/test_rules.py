@@ -32,6 +32,13 @@ def test_uneven_axes_are_replicated(mesh):
     assert fit(shardings(AXES, mesh), shapes) == found
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 4, 4)])
+def test_every_axis_has_a_name(mesh, shape):
+    shapes = {"a": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    with pytest.raises(ValueError, match="zip"):
+        shardings({"a": ("vocab", "embed")}, mesh, shapes)
+
+
 def test_unknown_axis(mesh):
     with pytest.raises(ValueError, match="axis 'expert' has no rule"):
         shardings({"a": ("expert", "embed")}, mesh)
