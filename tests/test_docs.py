@@ -1,4 +1,4 @@
-"""docs/papers.md leaves out no public loss, and names functions and tests that there are."""
+"""docs/papers.md leaves out no public loss; pages name files, functions and tests that exist."""
 
 import ast
 import importlib
@@ -33,3 +33,19 @@ def test_every_test_named_exists():
             assert name in there, f"{path}: {name}"
             checked += 1
     assert checked == len(re.findall(r"`test_\w+`", PAGE)) > 25
+
+
+def test_every_file_named_exists_and_has_what_it_should():
+    """`alignjax/core/types.py`, `core/types.py` or `core/types.py: Sample`, on any page."""
+    checked = 0
+    for page in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        for path, name in re.findall(r"`(?!path/to/)((?:\w+/)+\w+\.py)(?::\s(\w+))?", text):
+            path = path.removeprefix("alignjax/")
+            there = (REPO / path).is_file() or (REPO / "alignjax" / path).is_file()
+            assert there, f"{page.name}: {path}"
+            if name:
+                module = importlib.import_module(f"alignjax.{path[:-3].replace('/', '.')}")
+                assert hasattr(module, name), f"{page.name}: {path}: {name}"
+            checked += 1
+    assert checked > 10
