@@ -73,6 +73,8 @@ def violations(root: Path) -> list[str]:
         if package not in RANK and package:
             found.append(f"{module}: {package} has no rank")
             continue
+        if not package and parts[-1] not in ("__init__", "__main__"):
+            found.append(f"{module}: in no package, so of no rank")
         eager[module] = set()
         for name, line, is_lazy in imports(tree):
             where = f"{module}:{line} imports {name}"
@@ -113,6 +115,7 @@ def test_imports_go_downwards_only():
 
 FAKE = {
     "alignjax/__init__.py": "'''Root.'''",
+    "alignjax/__main__.py": "'''Verbs.'''\nfrom alignjax.cli import run",
     "alignjax/core/keys.py": "'''Keys.'''\nimport jax",
     "alignjax/core/types.py": "'''Types.'''\nfrom typing import TYPE_CHECKING\n"
     "if TYPE_CHECKING:\n    from jax import Array",
@@ -146,6 +149,7 @@ FAKE = {
         ("cli/a.py", "x = 1", "alignjax.cli.a: the docstring's first line says nothing"),
         ("cli/a.py", "'''\nA.\n'''", "the docstring's first line says nothing"),
         ("utils/a.py", "'''A.'''", "alignjax.utils.a: utils has no rank"),
+        ("utils.py", "'''U.'''\nimport alignjax.cli", "alignjax.utils: in no package"),
     ],
 )
 def test_a_violation_is_found(tmp_path, path, text, complaint):
