@@ -1,6 +1,8 @@
 """Hidden states and an unembedding -> log-probs of tokens; the logits of a batch never exist whole.
 
-That holds beyond ROWS_PER_CHUNK rows (B * T of them), which a chunk of the default size may hold.
+That holds beyond ROWS_PER_CHUNK rows (B * T of them) and 8 time steps: so much a chunk of the
+default size may hold.
+
 Each row's targets are moved to its front, then a loop over chunks of the time axis makes the logits
 of one chunk at a time, forward and (again) backward, and stops after the last chunk that holds a
 target in any row. Prompt and padding therefore never reach the unembedding, but for what levels the
