@@ -23,3 +23,4 @@ def test_capped_exp():
     below = np.exp([-np.inf, -1.0, 0.0, 19.0])
     np.testing.assert_allclose(value, [*below, *[np.exp(20.0)] * 3], rtol=1e-6)
     np.testing.assert_allclose(grad, [*below, 0, 0, 0], rtol=1e-6)
+    assert np.isnan(capped_exp(jnp.nan)) and np.isnan(jax.grad(capped_exp)(jnp.nan))
