@@ -36,16 +36,17 @@ def sample_token(
     """Draws one token per row by inverting the cumulative distribution at one uniform number.
 
     One uniform per row replaces one Gumbel per row and token, which is far cheaper at a large
-    vocabulary and as exact.
+    vocabulary. A float32 uniform has 23 bits: probabilities below about 1e-7 are not resolved.
 
     Args:
       logits: [N, V] float32.
-      uniform: [N] float32 in [0, 1).
+      uniform: [N] float32 in [0, 1].
       temperature: [] float32 >= 0; 0 takes the most likely token.
       top_k, top_p: [] int32, [] float32; see `support`.
     Returns:
-      tokens [N] int32; logps [N] float32, nats, under the distribution that was drawn from. At
-      temperature 0 that is certain, so the log-prob is the one of temperature 1.
+      tokens [N] int32, each of some probability; logps [N] float32, nats, under the distribution
+      that was drawn from. At temperature 0 that is certain, so the log-prob is the one of
+      temperature 1, of all tokens.
     """
     chex.assert_rank([logits, uniform], [2, 1])
     chex.assert_type(logits, jnp.float32)
@@ -60,10 +61,11 @@ def sample_token(
     logp = jax.nn.log_softmax(jnp.where(keep, scaled, -jnp.inf), axis=-1)
     probs = jnp.exp(logp)
     cdf = jnp.cumsum(probs, axis=-1)
-    # The last bucket: rounding may leave the target at or above the final sum, where counting
-    # would run past the last token that has any probability.
+    # XLA sums in parallel, so that the sum may move, even fall, where there is no probability: only
+    # tokens that have some are asked. Rounding may leave all of them at or below the target.
     target = uniform * cdf[:, -1]
+    is_hit = (cdf > target[:, None]) & (probs > 0)
     last = logits.shape[-1] - 1 - jnp.argmax(probs[:, ::-1] > 0, axis=-1)
-    drawn = jnp.minimum(jnp.sum(cdf <= target[:, None], axis=-1), last)
+    drawn = jnp.where(is_hit.any(axis=-1), jnp.argmax(is_hit, axis=-1), last)
     tokens = jnp.where(is_greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
     return tokens, jnp.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0]

@@ -26,12 +26,20 @@ def oracle_support(logits, top_k, top_p):
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.7), (5, 0.5), (1, 1.0), (0, 1e-6)]
+    ("top_k", "top_p"),
+    # 1e-50 is 0 in float32: the most likely token is kept even so.
+    [(0, 1.0), (3, 1.0), (0, 0.7), (5, 0.5), (1, 1.0), (0, 1e-6), (0, 1e-50)],
 )
 def test_support_is_the_smallest_set_that_reaches_top_p_within_the_top_k(top_k, top_p):
     logits = np.random.default_rng(0).normal(size=(40, 17)).astype(np.float32) * 2
     got = support(jnp.array(logits), jnp.int32(top_k), jnp.float32(top_p))
     np.testing.assert_array_equal(got, oracle_support(logits, top_k, top_p))
+
+
+def test_a_set_that_reaches_top_p_exactly_is_complete():
+    logits = jnp.log(jnp.array([[0.25, 0.5, 0.25]], jnp.float32))
+    keep = support(logits, jnp.int32(0), jnp.float32(0.5))
+    np.testing.assert_array_equal(keep, [[False, True, False]])
 
 
 def test_frequencies_and_log_probs_are_those_of_the_tempered_distribution():
@@ -57,17 +65,18 @@ def test_log_probs_are_renormalised_over_the_support():
     np.testing.assert_allclose(logps, np.log(0.3 / 0.8), rtol=1e-6)
 
 
-def test_temperature_zero_takes_the_most_likely_and_reports_temperature_one():
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (2, 1.0), (0, 0.5)])
+def test_temperature_zero_takes_the_most_likely_and_reports_temperature_one(top_k, top_p):
     logits = jnp.array([[0.0, 3.0, 1.0]], jnp.float32)
     tokens, logps = sample_token(
-        logits, jnp.array([0.999]), jnp.float32(0.0), jnp.int32(0), jnp.float32(1.0)
+        logits, jnp.array([0.999]), jnp.float32(0.0), jnp.int32(top_k), jnp.float32(top_p)
     )
     expected = 3.0 - np.log(np.exp(0.0) + np.exp(3.0) + np.exp(1.0))
     assert tokens[0] == 1
     np.testing.assert_allclose(logps, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24, 1.0])
 def test_the_extremes_of_the_uniform_never_leave_the_support(uniform):
     # A float32 cumulative sum over a large vocabulary ends a little off 1.
     logits = np.full((1, 50_000), 0.0, np.float32)
@@ -77,3 +86,24 @@ def test_the_extremes_of_the_uniform_never_leave_the_support(uniform):
     )
     assert 7 <= tokens[0] < 50_000 - 9
     assert np.isfinite(logps[0])
+
+
+@pytest.mark.parametrize("seed", [0, 7])  # Between tokens one sum falls, one rises.
+def test_no_uniform_between_two_tokens_leaves_the_top_k(seed):
+    """XLA's sum is not flat where the terms are 0: 0.71144724 once gave a token of logp -inf."""
+    vocab, top_k = 32_768, 20
+    logits = (np.random.default_rng(seed).normal(size=vocab) * 2).astype(np.float32)
+    kept = np.sort(np.argsort(-logits)[:top_k])
+    weights = np.exp(logits[kept].astype(np.float64))
+    cdf = weights.cumsum() / weights.sum()
+    # Every value that jax.random.uniform can have near the places where the token changes.
+    steps = np.round(cdf[:-1] * 2**23)[:, None] + np.arange(-4, 5)
+    uniform = (steps.ravel() / 2**23).astype(np.float32)
+    tokens, logps = jax.jit(sample_token)(
+        jnp.broadcast_to(logits, (len(uniform), vocab)), jnp.array(uniform),
+        jnp.float32(1.0), jnp.int32(top_k), jnp.float32(1.0),
+    )  # fmt: skip
+    assert np.isfinite(logps).all()
+    place = np.searchsorted(kept, tokens)
+    np.testing.assert_array_equal(kept[place], tokens)
+    assert (np.r_[0, cdf][place] - 2e-6 <= uniform).all() and (uniform <= cdf[place] + 2e-6).all()
