@@ -98,8 +98,11 @@ class Ends(nnx.Module):
         )
 
     def embed(self, tokens: Array, dtype: jnp.dtype) -> Array:
-        """[B, T] int32 -> [B, T, D]."""
-        return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+        """[B, T] int32 -> [B, T, D]; an id that there is not, as padding may hold, is the nearest.
+
+        By default it would be nan, which the attention weight 0 does not make 0.
+        """
+        return jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(dtype)
 
     def matrix(self) -> Array:
         """[D, V] float32."""

@@ -118,6 +118,17 @@ def test_rows_of_padding_are_finite_with_finite_gradients(params):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, hidden)))
 
 
+@pytest.mark.parametrize("pad", [-1, 37, 10**6])
+def test_padding_may_hold_any_id(params, pad):
+    tokens, segment_ids, positions = make_batch()
+    segment_ids[0, 5:] = segment_ids[1, :3] = 0
+    is_real = segment_ids > 0
+    hidden, _ = APPLY(params, np.where(is_real, tokens, pad), segment_ids, positions)
+    expected, _ = APPLY(params, tokens, segment_ids, positions)
+    assert np.isfinite(hidden).all()
+    np.testing.assert_array_equal(hidden[is_real], expected[is_real])
+
+
 def test_remat_gives_the_same_gradient(params):
     batch = make_batch()
 
@@ -132,7 +143,13 @@ def test_bfloat16(params):
     half = dataclasses.replace(MODEL, compute_dtype="bfloat16")
     hidden, cache = jax.jit(half.apply)(params, *make_batch(), half.init_cache(4, 9))
     assert hidden.dtype == cache.k.dtype == jnp.bfloat16
-    assert half.logits(params, hidden).dtype == jnp.float32
+    logits = half.logits(params, hidden)
+    assert logits.dtype == jnp.float32
+    # Of rounded factors, the sums are those of float32: rounded themselves they are off by 1e-3.
+    factors = hidden, half.unembedding(params).astype(jnp.bfloat16)
+    np.testing.assert_allclose(
+        logits, np.matmul(*(np.asarray(x, np.float64) for x in factors)), rtol=1e-5, atol=1e-5
+    )
     exact, _ = APPLY(params, *make_batch())
     error = np.abs(np.asarray(hidden, np.float32) - exact)
     assert 0 < error.mean() < 0.05
