@@ -1,5 +1,6 @@
 """A model -> a GenerateFn: pads calls to a ladder of shapes, compiles once for each, runs them."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,18 +11,19 @@ from jax import Array
 
 from alignjax.core.types import LENGTH, STOP, Completions, Params, Sampling
 from alignjax.generate.decode import Limits, decode
-from alignjax.models import Model
+from alignjax.models import Model, ModelConfig
 from alignjax.sharding import put_batch
 from alignjax.sharding.mesh import BATCH_AXES
 
-_STOP_SLOTS = 8
+_STOP_SLOTS = 16
+_MIN_ROWS = 8  # So that all small calls are one compilation.
 
 
 def bucket(size: int, *, smallest: int = 8) -> int:
-    """The smallest rung of the ladder 8, 12, 16, 24, 32, 48, 64, 96, ... that holds `size`."""
-    rung = smallest
-    while rung < size:
-        rung = rung * 3 // 2 if rung & (rung - 1) == 0 else rung // 3 * 4
+    """The lowest rung of the ladder 1, 2, 3, 4, 6, 8, 12, ... that holds `size` and `smallest`."""
+    rung = 1
+    while rung < max(size, smallest):
+        rung = -(-rung * 3 // 2) if rung & (rung - 1) == 0 else rung // 3 * 4
     return rung
 
 
@@ -37,8 +39,9 @@ class Engine:
     def __init__(
         self, model: Model, *, mesh: jax.sharding.Mesh | None = None, max_rows: int = 1024
     ):
-        """Args: mesh: rows are sharded over its data and fsdp axes; max_rows: the most completions
-        that are sampled at once; more are sampled in turns, with the same result."""
+        """Args: mesh: prompts are sharded over its data and fsdp axes; max_rows: the most rows of
+        tokens computed at once, but at least one on each device; more completions are sampled in
+        turns, with the same result."""
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: expected at least 1")
         self.model = model
@@ -63,10 +66,11 @@ class Engine:
     ) -> Completions:
         """See `core.types.GenerateFn`. Raises ValueError on settings that make no sense."""
         prompts, lengths = np.asarray(prompts, np.int32), np.asarray(lengths, np.int32)
-        _check(prompts, lengths, sampling, self.model.config.max_position_embeddings)
+        config = self.model.config
+        _check(prompts, lengths, sampling, config)
         limits = Limits(
             temperature=jnp.float32(sampling.temperature),
-            top_k=jnp.int32(sampling.top_k),
+            top_k=jnp.int32(min(sampling.top_k, config.vocab_size)),
             top_p=jnp.float32(sampling.top_p),
             max_tokens=jnp.int32(sampling.max_tokens),
             stop_tokens=jnp.array(
@@ -74,10 +78,14 @@ class Engine:
                 jnp.int32,
             ),
         )
-        per_turn = max(1, self.max_rows // sampling.num_samples)
+        per_prompt, per_turn = self._split(len(prompts), sampling.num_samples)
+        # Sample g of prompt i is row i * G + g either way, and the row decides its key.
+        copies = sampling.num_samples // per_prompt
+        prompts, lengths = np.repeat(prompts, copies, axis=0), np.repeat(lengths, copies)
+        sampling = dataclasses.replace(sampling, num_samples=per_prompt)
         turns = [
             self._turn(params, prompts[i : i + per_turn], lengths[i : i + per_turn], key, limits,
-                       sampling, first_row=i * sampling.num_samples)
+                       sampling, first_row=i * per_prompt, most=per_turn)
             for i in range(0, len(prompts), per_turn)
         ]  # fmt: skip
         tokens, logps, counts, is_stopped = (
@@ -86,15 +94,29 @@ class Engine:
         reasons = np.where(is_stopped, STOP, LENGTH).astype(np.int8)
         return Completions(tokens, counts, logps, reasons)
 
+    @property
+    def _num_devices(self) -> int:
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    def _split(self, num_prompts: int, num_samples: int) -> tuple[int, int]:
+        """How many samples of a prompt are computed together, and how many prompts in a turn.
+
+        All samples of it, unless that is more than a device may hold or than its share of the rows:
+        then the most that divide them, and the prompt stands in several places.
+        """
+        limit = max(1, self.max_rows // self._num_devices)
+        share = -(-num_prompts * num_samples // self._num_devices)
+        divisors = [g for g in range(1, num_samples + 1) if num_samples % g == 0]
+        per_prompt = max(g for g in divisors if g <= min(limit, share))
+        return per_prompt, limit // per_prompt * self._num_devices
+
     def _turn(
         self, params: Params, prompts: np.ndarray, lengths: np.ndarray, key: Array, limits: Limits,
-        sampling: Sampling, *, first_row: int,
+        sampling: Sampling, *, first_row: int, most: int,
     ) -> list[np.ndarray]:  # fmt: skip
         num_prompts, width = prompts.shape
-        num_devices = (
-            1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
-        )
-        rows = -(-bucket(num_prompts) // num_devices) * num_devices
+        rows = bucket(num_prompts, smallest=_MIN_ROWS // sampling.num_samples)
+        rows = min(most, -(-rows // self._num_devices) * self._num_devices)
         padded = np.zeros((rows, bucket(width)), np.int32)
         padded[:num_prompts, :width] = prompts
         padded_lengths = np.zeros(rows, np.int32)
@@ -121,7 +143,9 @@ def make_generate(
     return Engine(model, mesh=mesh, max_rows=max_rows)
 
 
-def _check(prompts: np.ndarray, lengths: np.ndarray, sampling: Sampling, context: int) -> None:
+def _check(
+    prompts: np.ndarray, lengths: np.ndarray, sampling: Sampling, config: ModelConfig
+) -> None:
     if prompts.ndim != 2 or lengths.shape != prompts.shape[:1] or not len(prompts):
         raise ValueError(
             f"prompts {prompts.shape}, lengths {lengths.shape}: expected [B, P] and [B] with B >= 1"
@@ -131,12 +155,24 @@ def _check(prompts: np.ndarray, lengths: np.ndarray, sampling: Sampling, context
             f"lengths from {lengths.min()} to {lengths.max()}: expected 1 to {prompts.shape[1]}, "
             "the width of prompts; an empty prompt needs at least a bos token"
         )
-    if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
-        raise ValueError(f"{sampling}: expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
+    is_real = np.arange(prompts.shape[1]) < lengths[:, None]
+    is_wrong = is_real & ((prompts < 0) | (prompts >= config.vocab_size))
+    if is_wrong.any():
+        row, column = np.argwhere(is_wrong)[0]
+        raise ValueError(
+            f"prompts: id {prompts[row, column]} in row {row}, column {column}; the model has ids "
+            f"0 to {config.vocab_size - 1}"
+        )
+    is_temperature = 0 <= sampling.temperature < math.inf  # nan is none
+    if not is_temperature or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
+        raise ValueError(
+            f"{sampling}: expected a finite temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
+        )
     if sampling.max_tokens < 1 or sampling.num_samples < 1:
         raise ValueError(f"{sampling}: expected max_tokens and num_samples of at least 1")
     if len(sampling.stop_tokens) > _STOP_SLOTS:
         raise ValueError(f"{len(sampling.stop_tokens)} stop tokens: at most {_STOP_SLOTS}")
+    context = config.max_position_embeddings
     if lengths.max() + sampling.max_tokens > context:
         raise ValueError(
             f"a prompt of {lengths.max()} tokens and max_tokens={sampling.max_tokens} exceed the "

@@ -82,7 +82,7 @@ class RolloutConfig(Config):
     stop_tokens: list[str] = []
     """Tokens that end a completion, besides EOS."""
     max_rows: int = Field(1024, ge=1)
-    """Completions that are sampled at once."""
+    """Completions that are sampled at once, at most."""
 
     @field_validator("group_size")
     @classmethod

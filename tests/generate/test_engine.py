@@ -1,6 +1,7 @@
 """The engine against the model run without a cache, one prompt at a time."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from alignjax.core.types import LENGTH, STOP, Sampling
 from alignjax.generate import make_generate
+from alignjax.generate.decode import Limits, decode
 from alignjax.generate.engine import bucket
 from alignjax.losses import next_token_logps
 from alignjax.models import Model, ModelConfig
@@ -123,8 +125,10 @@ def test_what_a_prompt_gets_does_not_depend_on_its_neighbours_or_on_turns(policy
     key = jax.random.PRNGKey(5)
     whole = make_generate(policy[0])(policy[1], tokens, lengths, key, sampling)
     turns = make_generate(policy[0], max_rows=4)(policy[1], tokens, lengths, key, sampling)
+    halves = make_generate(policy[0], max_rows=1)(policy[1], tokens, lengths, key, sampling)
     first = make_generate(policy[0])(policy[1], tokens[:1], lengths[:1], key, sampling)
     np.testing.assert_array_equal(whole.tokens, turns.tokens)
+    np.testing.assert_array_equal(whole.tokens, halves.tokens)
     np.testing.assert_array_equal(whole.tokens[:2], first.tokens)
 
 
@@ -151,7 +155,116 @@ def test_ragged_calls_and_new_sampling_parameters_do_not_recompile(policy):
     assert engine.num_compilations == 1
 
 
+@pytest.fixture
+def computed(policy, monkeypatch):
+    """Called with how to sample: the rows of tokens that each turn computes, padding included."""
+
+    def count(num_prompts, num_samples, max_rows, num_devices=1):
+        rows = []
+
+        def fake(params, prompts, lengths, row_keys, limits, *, num_samples, capacity):
+            rows.append(len(prompts) * num_samples)
+            assert row_keys.shape == (rows[-1], 2)
+            return (
+                jnp.broadcast_to(row_keys[:, 1:], (rows[-1], capacity)),
+                jnp.zeros((rows[-1], capacity)), jnp.ones(rows[-1]), jnp.ones(rows[-1], bool),
+            )  # fmt: skip
+
+        mesh = make_mesh(MeshConfig(data=num_devices), jax.devices()[:num_devices])
+        engine = make_generate(policy[0], mesh=mesh, max_rows=max_rows)
+        monkeypatch.setattr(engine, "_decode", fake)
+        key = jax.random.PRNGKey(0)
+        out = engine(policy[1], *prompts(num_prompts, 4), key, Sampling(num_samples=num_samples))
+        # However they are split, row i has the i-th key.
+        keys = [jax.random.fold_in(key, i)[1] for i in range(num_prompts * num_samples)]
+        np.testing.assert_array_equal(out.tokens[:, 0].astype(np.uint32), keys)
+        return rows
+
+    return count
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "num_samples", "max_rows", "num_devices", "rows"),
+    [
+        (1, 64, 1024, 1, [64]),  # a few prompts with many samples each
+        (3, 16, 1024, 1, [48]),
+        (1, 1, 1024, 1, [8]),
+        (3, 2, 1024, 1, [8]),
+        (64, 4, 128, 1, [128, 128]),
+        (40, 8, 100, 1, [96, 96, 96, 32]),
+        (3, 2, 4, 1, [4, 4]),
+        (5, 1, 3, 1, [3, 3]),
+        (3, 16, 8, 1, [8] * 6),  # G > max_rows
+        (2, 7, 6, 1, [6, 6, 6]),
+        (1, 64, 1024, 8, [64]),
+        (6, 2, 1024, 8, [16]),
+        (4, 16, 32, 8, [32, 32]),
+        (9, 1, 1, 8, [8, 8]),  # never fewer than one row on each device
+    ],
+)
+def test_no_more_rows_are_computed_than_max_rows_and_few_in_vain(
+    computed, num_prompts, num_samples, max_rows, num_devices, rows
+):
+    assert computed(num_prompts, num_samples, max_rows, num_devices) == rows
+
+
+def test_rows_that_fill_the_batch_up_are_not_waited_for(policy):
+    """Every token is a stop token, so that the prefill is the only call of the model."""
+    model, params = policy
+    calls = []
+
+    def apply(*args):
+        jax.debug.callback(lambda: calls.append(1))
+        return model.apply(*args)
+
+    counting = SimpleNamespace(apply=apply, init_cache=model.init_cache, logits=model.logits)
+    limits = Limits(
+        jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.int32(6), stop_tokens=jnp.arange(VOCAB)
+    )
+    tokens, logps, lengths, is_stopped = decode(
+        params, jnp.zeros((2, 4), jnp.int32), jnp.array([3, 0]), jnp.zeros((4, 2), jnp.uint32),
+        limits, model=counting, num_samples=2, capacity=8,
+    )  # fmt: skip
+    jax.effects_barrier()
+    assert len(calls) == 1
+    np.testing.assert_array_equal(lengths, [1, 1, 0, 0])
+    assert not tokens[2:].any() and not logps[2:].any() and is_stopped.all()
+
+
+def test_a_completion_may_fill_the_context_to_its_end(policy):
+    tokens, lengths = np.ones((1, 500), np.int32), np.array([500])
+    sampling = Sampling(max_tokens=12)
+    out = make_generate(policy[0])(policy[1], tokens, lengths, jax.random.PRNGKey(0), sampling)
+    assert out.lengths == 12
+    with pytest.raises(ValueError, match="context of 512"):
+        make_generate(policy[0])(
+            policy[1], tokens, lengths, jax.random.PRNGKey(0), Sampling(max_tokens=13)
+        )
+
+
+def test_any_top_k_from_the_vocabulary_on_keeps_all(policy):
+    tokens, lengths = prompts(2, 4)
+    all_of_them, more = (
+        make_generate(policy[0])(
+            policy[1], tokens, lengths, jax.random.PRNGKey(0), Sampling(top_k=top_k, max_tokens=4)
+        )
+        for top_k in (0, 2**31)
+    )
+    np.testing.assert_array_equal(all_of_them.tokens, more.tokens)
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB])
+def test_ids_that_the_model_has_not_are_refused_but_in_padding(policy, wrong):
+    tokens = np.array([[1, 2, 3], [1, wrong, wrong]], np.int32)
+    engine, sampling = make_generate(policy[0]), Sampling(max_tokens=4)
+    out = engine(policy[1], tokens, np.array([3, 1]), jax.random.PRNGKey(0), sampling)
+    assert np.isfinite(out.logps).all()
+    with pytest.raises(ValueError, match=f"id {wrong} in row 1, column 1; .* 0 to 10"):
+        engine(policy[1], tokens, np.array([3, 2]), jax.random.PRNGKey(0), sampling)
+
+
 def test_the_ladder_of_buckets():
+    assert [bucket(n, smallest=1) for n in (1, 2, 3, 4, 5, 7)] == [1, 2, 3, 4, 6, 8]
     assert [bucket(n) for n in (1, 8, 9, 13, 17, 25, 33, 49, 65, 100)] == [
         8, 8, 12, 16, 24, 32, 48, 64, 96, 128,
     ]  # fmt: skip
@@ -161,9 +274,11 @@ def test_the_ladder_of_buckets():
     ("change", "message"),
     [
         ({"temperature": -1.0}, "temperature >= 0"),
+        ({"temperature": float("nan")}, "finite temperature"),
+        ({"temperature": float("inf")}, "finite temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"stop_tokens": tuple(range(9))}, "stop tokens"),
+        ({"stop_tokens": tuple(range(17))}, "stop tokens"),
         ({"max_tokens": 600}, "context of 512"),
     ],
 )
