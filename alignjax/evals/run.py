@@ -16,7 +16,7 @@ from alignjax.core.types import Sampling
 from alignjax.data import Examples, TextConfig, examples, open_source, prompt_encoder
 from alignjax.evals.accuracy import Estimate, maj_at_k, pass_at_1, pass_at_k
 from alignjax.generate import make_generate
-from alignjax.models import load
+from alignjax.models import load, load_eos_ids
 from alignjax.rewards.answers import find_answer, visible
 from alignjax.rewards.combine import RewardConfig
 from alignjax.rewards.pool import RewardPool
@@ -42,7 +42,7 @@ class EvalConfig(Config):
     """The first so many; all if not given."""
     num_samples: int = Field(8, ge=1)
     """Samples of each problem (n)."""
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     max_prompt_tokens: int = Field(256, ge=1)
@@ -50,7 +50,7 @@ class EvalConfig(Config):
     """What to do with a longer prompt; `drop` leaves the problem out, so look at num_problems."""
     max_tokens: int = Field(256, ge=1)
     stop_tokens: list[str] = []
-    """Tokens that end a completion, besides EOS."""
+    """Tokens that end a completion, besides EOS and what the model's directory lists as such."""
     max_rows: int = Field(1024, ge=1)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = Field(0, ge=0)
@@ -125,7 +125,7 @@ def evaluate(config: EvalConfig) -> Report:
         top_k=config.top_k,
         top_p=config.top_p,
         max_tokens=config.max_tokens,
-        stop_tokens=stop_ids(tokenizer, config.stop_tokens),
+        stop_tokens=stop_ids(tokenizer, config.stop_tokens, load_eos_ids(config.model)),
         num_samples=config.num_samples,
     )
     with RewardPool(config.rewards) as score:

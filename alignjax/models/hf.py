@@ -86,6 +86,25 @@ def load(
     return model, jax.tree.unflatten(structure, arrays)
 
 
+def load_eos_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """The ids that end a text, by generation_config.json, or else config.json, of a directory.
+
+    Chat models list several (the end of a turn, of a text), of which a tokenizer names one. Empty
+    where neither file says.
+
+    Raises:
+      UserError: if it is neither an id nor a list of ids.
+    """
+    for file in (Path(path) / GENERATION_CONFIG, Path(path) / CONFIG):
+        found = _read_json(file).get("eos_token_id") if file.exists() else None
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(i) is int and i >= 0 for i in ids):  # True is an int, but no id.
+                raise UserError(f"{file}: eos_token_id={found!r}: expected an id or a list of ids")
+            return tuple(ids)
+    return ()
+
+
 def save(
     path: str | os.PathLike[str],
     model: Model,

@@ -14,9 +14,9 @@ from alignjax.core.errors import UserError
 from alignjax.core.types import Params
 from alignjax.losses import TokenLogps, next_token_logps
 from alignjax.losses.logprob import default_chunk_size
-from alignjax.models import Model, ModelConfig, load, save
+from alignjax.models import Model, ModelConfig, load, load_eos_ids, save
 from alignjax.sharding import MeshConfig, batch_shards, init_sharded, shardings
-from alignjax.text import HFTokenizer, check_fits, load_tokenizer
+from alignjax.text import HFTokenizer, check_fits, load_tokenizer, stop_ids
 from alignjax.train.loop import LoopConfig
 from alignjax.train.optim import OptimizerConfig
 from alignjax.train.step import Batch
@@ -63,7 +63,12 @@ class PhaseConfig(Config):
 
 
 class Policy:
-    """A model that is trained, its tokenizer, and where its weights come from."""
+    """A model that is trained, its tokenizer, and where its weights come from.
+
+    Attributes:
+      eos_ids: what ends a completion: the tokenizer's EOS, which is the one that is trained, and
+        what else the model's directory lists.
+    """
 
     def __init__(self, config: PhaseConfig, mesh: Mesh):
         source = config.model
@@ -73,6 +78,8 @@ class Policy:
                 "tokenizer: a model to be created (model.init) needs a tokenizer's directory"
             )
         self.tokenizer: HFTokenizer = load_tokenizer(where)
+        listed = () if source.path is None else load_eos_ids(source.path)
+        self.eos_ids = stop_ids(self.tokenizer, eos_ids=listed)
         self._mesh, self._source = mesh, source
         self._loaded: Params | None = None
         if source.init is not None:
@@ -108,7 +115,7 @@ class Policy:
             params,
             extra_config={
                 "bos_token_id": self.tokenizer.bos_id,
-                "eos_token_id": self.tokenizer.eos_id,
+                "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else [*self.eos_ids],
                 "pad_token_id": self.tokenizer.pad_id,
             },
         )

@@ -126,7 +126,7 @@ class Grpo:
         self._sampling = Sampling(
             temperature=rollout.temperature,
             max_tokens=rollout.max_tokens,
-            stop_tokens=stop_ids(tokenizer, rollout.stop_tokens),
+            stop_tokens=stop_ids(tokenizer, rollout.stop_tokens, self._policy.eos_ids),
             num_samples=rollout.group_size,
         )
         self._generate = make_generate(model, mesh=mesh, max_rows=rollout.max_rows)

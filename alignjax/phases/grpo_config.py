@@ -78,9 +78,9 @@ class RolloutConfig(Config):
     max_prompt_tokens: int = Field(256, ge=1)
     max_tokens: int = Field(256, ge=1)
     """Limit on the tokens of a completion, EOS included."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     stop_tokens: list[str] = []
-    """Tokens that end a completion, besides EOS."""
+    """Tokens that end a completion, besides EOS and what the model's directory lists as such."""
     max_rows: int = Field(1024, ge=1)
     """Completions that are sampled at once, at most."""
 

@@ -181,9 +181,15 @@ def load_tokenizer(path: str | Path) -> HFTokenizer:
     )
 
 
-def stop_ids(tokenizer: Tokenizer, tokens: Sequence[str] = ()) -> tuple[int, ...]:
-    """The ids that end a completion: EOS, and those of further tokens given by their text.
+def stop_ids(
+    tokenizer: Tokenizer, tokens: Sequence[str] = (), eos_ids: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """The ids that end a completion, each once, EOS first.
 
+    Args:
+      tokenizer: its EOS is one of them: the one that is trained.
+      tokens: further ones, by their text.
+      eos_ids: those that the model's directory lists; see `models.load_eos_ids`.
     Raises:
       UserError: if one of them is not a single token.
     """
@@ -193,7 +199,7 @@ def stop_ids(tokenizer: Tokenizer, tokens: Sequence[str] = ()) -> tuple[int, ...
             raise UserError(
                 f"stop_tokens: {token!r} is {len(pieces)} tokens in this vocabulary; expected one"
             )
-    return (tokenizer.eos_id, *(pieces[0] for pieces in ids))
+    return tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids, *(pieces[0] for pieces in ids))))
 
 
 def check_fits(tokenizer: Tokenizer, num_rows: int, where: str | Path) -> None:

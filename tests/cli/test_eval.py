@@ -3,10 +3,12 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 
 from alignjax.cli.main import main
+from alignjax.text import load_tokenizer
 
 SETTINGS = ["num_samples=4", "num_problems=6"]
 
@@ -61,6 +63,18 @@ def test_figures_are_those_of_the_samples(report, trained):
     assert (figures["num_problems"], figures["num_samples"]) == (6, 4)
     low, mean, high = (figures["pass@1"][x] for x in ("low", "mean", "high"))
     assert 0 <= low < mean < high <= 1
+
+
+def test_what_the_model_lists_as_its_ends_stops_it(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (end,) = load_tokenizer(run / "model").encode("<answer>")
+    listed = {"eos_token_id": [1, end]}
+    (tmp_path / "run/model/generation_config.json").write_text(json.dumps(listed))
+    assert main(["eval", str(tmp_path / "run"), *SETTINGS]) == 0
+    lines = (tmp_path / "run/eval/eval_samples.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["completion"] for line in lines]
+    assert any("<answer>" in text for text in texts)
+    assert not any(text.partition("<answer>")[2] for text in texts)
 
 
 def test_what_is_printed(run, capsys, tmp_path):

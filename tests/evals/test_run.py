@@ -124,6 +124,8 @@ rewards: {functions: {accuracy: {function: verify.exact}}}
     [
         ("answer=last_numbr", "answer: place='last_numbr'; expected one of answer_tag"),
         ("answer=regex:(", "answer: not a regular expression: missing )"),
+        ("temperature=.inf", "temperature: expected a finite number"),
+        ("temperature=.nan", "temperature: expected a finite number"),
         ("num_samples=0", "num_samples: expected a number greater than or equal to 1"),
     ],
 )

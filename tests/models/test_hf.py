@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from alignjax.core.errors import UserError
-from alignjax.models import Model, ModelConfig, load, save
+from alignjax.models import Model, ModelConfig, load, load_eos_ids, save
 from alignjax.sharding import MeshConfig, make_mesh
 
 torch = pytest.importorskip("torch", reason="needs the dev extra")
@@ -330,6 +330,32 @@ def test_broken_files(directory):
     (directory / "config.json").write_text('{"a": 1,\n "b" 2}')
     with pytest.raises(UserError, match=r"config\.json:2: not JSON"):
         load(directory)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ids"),
+    [
+        ([3, 4], 2, (3, 4)),
+        (3, [2, 4], (3,)),
+        (None, [2, 4], (2, 4)),
+        ("no file", 2, (2,)),
+        (None, None, ()),
+    ],
+)
+def test_the_ids_that_end_a_text(tmp_path, generation, config, ids):
+    """As transformers does it, generation_config.json goes before config.json."""
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    if generation != "no file":
+        data = {"eos_token_id": generation}
+        (tmp_path / "generation_config.json").write_text(json.dumps(data))
+    assert load_eos_ids(tmp_path) == ids
+
+
+@pytest.mark.parametrize("wrong", ["2", [2, "3"], True, [-1], {"a": 1}, 2.0])
+def test_what_is_no_id_is_refused(tmp_path, wrong):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id=.*: expected"):
+        load_eos_ids(tmp_path)
 
 
 def test_failed_save_leaves_the_old_files(directory, monkeypatch):

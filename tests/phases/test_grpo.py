@@ -17,12 +17,13 @@ from alignjax.core.errors import UserError
 from alignjax.core.types import LENGTH, STOP, Completions, Score
 from alignjax.data import pack
 from alignjax.losses import next_token_logps
-from alignjax.models import Model, ModelConfig
+from alignjax.models import Model, ModelConfig, save
 from alignjax.phases import common, grpo
 from alignjax.phases.grpo import Grpo, grpo_loss, is_informative
 from alignjax.phases.grpo_config import AlgorithmConfig, GrpoConfig
 from alignjax.recipes import chains
 from alignjax.sharding import MeshConfig, make_mesh
+from alignjax.text import load_tokenizer
 from alignjax.train.loop import StopRunError
 
 VOCAB = 23
@@ -505,6 +506,29 @@ def test_evaluation_by_hand(make):
     phase = make([[0] * 18], evaluation={"num_problems": 6, "num_samples": 3, "greedy": False})
     assert {name.split("/")[1] for name in phase.evaluate(state).metrics} == {"sampled"}
     assert len(phase.score.samples[0]) == 18
+
+
+def test_what_the_model_lists_as_its_ends_stops_it_and_is_exported(make, world, tmp_path):
+    """The tokenizer's EOS, which is what is trained, comes first; each stands there once."""
+    tokenizer = load_tokenizer(world / "tokenizer")
+    shape = {"vocab_size": tokenizer.vocab_size, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    model = Model(ModelConfig(**shape, max_position_embeddings=64))
+    listed = {"eos_token_id": [5, tokenizer.eos_id, 7]}
+    save(tmp_path / "chat", model, model.init(jax.random.key(0)), extra_config=listed)
+    (more,) = tokenizer.encode("+")
+    phase = make(
+        [1.0] * 12, [1.0] * 6,
+        model={"path": str(tmp_path / "chat")}, rollout={"stop_tokens": ["+"]},
+    )  # fmt: skip
+    state, _ = phase.collect(phase.init(jax.random.PRNGKey(0)), phase.records())
+    phase.evaluate(state)
+    assert len(phase.sampler.calls) == 3
+    assert {s.stop_tokens for *_, s in phase.sampler.calls} == {(tokenizer.eos_id, 5, 7, more)}
+    phase.export(state, tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        written = json.loads((tmp_path / "model" / name).read_text())
+        assert written["eos_token_id"] == [tokenizer.eos_id, 5, 7]
+    assert load_tokenizer(tmp_path / "model").eos_id == tokenizer.eos_id
 
 
 def test_without_held_out_problems_there_is_no_evaluation(make):
