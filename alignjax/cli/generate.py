@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     from alignjax.core.types import LENGTH, Sampling
     from alignjax.data import Example, Fields, TextConfig, prompt_encoder
     from alignjax.generate import make_generate
-    from alignjax.models import load
+    from alignjax.models import load, load_eos_ids
     from alignjax.sharding import MeshConfig, make_mesh
     from alignjax.text import check_fits, load_tokenizer, stop_ids
 
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
         top_k=args.top_k,
         top_p=args.top_p,
         max_tokens=max_tokens,
-        stop_tokens=stop_ids(tokenizer, args.stop),
+        stop_tokens=stop_ids(tokenizer, args.stop, load_eos_ids(args.model)),
         num_samples=args.num_samples,
     )
     try:
@@ -91,6 +91,11 @@ def main(args: argparse.Namespace) -> None:
         )
     except ValueError as error:  # What the engine refuses here came from the command line.
         raise UserError(str(error)) from error
+    if not np.isfinite(out.logps).all():
+        raise UserError(
+            f"{args.model}: log-probs are not finite: the weights hold nan or inf, or are too "
+            f"large for --dtype {args.dtype} or --temperature {args.temperature}"
+        )
     rows = zip(out.tokens, out.lengths, out.logps, out.finish_reasons, strict=True)
     for i, (row, length, logps, reason) in enumerate(rows):
         completion = tokenizer.decode(row[:length])
@@ -133,13 +138,20 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         path = Path(args.file)
         if not path.is_file():
             raise UserError(f"--file: no such file: {path}")
-        try:
-            prompts += path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"--file: {path}: not UTF-8 text (byte {error.start})") from error
+        prompts += _lines(path.read_bytes(), f"--file: {path}")
     elif not prompts and not sys.stdin.isatty():
-        prompts = sys.stdin.read().splitlines()
-    prompts = [prompt for prompt in prompts if prompt]
+        prompts = _lines(sys.stdin.buffer.read(), "standard input")
     if not prompts:
         raise UserError("no prompt; give --prompt TEXT, --file PATH or pipe prompts in, one a line")
     return prompts
+
+
+def _lines(data: bytes, where: str) -> list[str]:
+    """Those that are not empty. Only a line feed ends one: form feeds, U+2028 may stand in one."""
+    from alignjax.core.errors import UserError
+
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from error
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line]

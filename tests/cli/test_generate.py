@@ -6,8 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from alignjax.cli.main import main
+from alignjax.text import load_tokenizer
 
 PROMPTS = ["12+03=", "30-01="]
 
@@ -51,6 +53,12 @@ def test_text_is_prompt_and_completion(generate):
     assert cut.endswith(" [cut at 2 tokens]") and cut.split(" [")[0] == line[: len(cut) - 18]
 
 
+def piped(text):
+    """What sys.stdin is to a process that bytes are piped into."""
+    data = text if isinstance(text, bytes) else text.encode()
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+
+
 def test_prompts_come_from_a_file_or_a_pipe_and_blank_lines_are_none(
     generate, tmp_path, monkeypatch
 ):
@@ -68,7 +76,7 @@ def test_prompts_come_from_a_file_or_a_pipe_and_blank_lines_are_none(
 
     same(generate(*words, "--file", str(tmp_path / "p.txt")))
     same(generate(*words, "--prompt", PROMPTS[0], "--file", str(tmp_path / "p.txt"))[1:])
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(PROMPTS)))
+    monkeypatch.setattr("sys.stdin", piped("\r\n".join(PROMPTS)))
     same(generate(*words))
 
 
@@ -127,8 +135,51 @@ def test_faults(model, capsys, words, message):
     assert err.count("\n") == 1
 
 
+def test_only_a_line_feed_ends_a_prompt(model, capsys, monkeypatch, tmp_path):
+    for text in ("12\u2028", "12\x85", "12\f"):
+        (tmp_path / "p.txt").write_text(text + "3=\n", encoding="utf-8")
+        monkeypatch.setattr("sys.stdin", piped(text + "3=\n"))
+        for words in ([], ["--file", str(tmp_path / "p.txt")]):
+            assert main(["generate", model, *words]) == 2
+            assert f"unknown character {text[-1]!r} at position 2" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_is_bos_alone(generate):
+    words = ["--prompt", "", "--prompt", "12+03=", "--max-tokens", "1", "--json"]
+    assert [json.loads(line)["prompt"] for line in generate(*words)] == ["", "12+03="]
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_what_the_model_lists_as_its_ends_stops_it(trained, tmp_path, capsys, file):
+    model = tmp_path / "model"
+    shutil.copytree(trained.root / "base/model", model)
+    words = ["generate", str(model), "--prompt", PROMPTS[0], "--temperature", "0", "--json"]
+    assert main(words) == 0
+    whole = json.loads(capsys.readouterr().out)
+    tokenizer = load_tokenizer(model)
+    (end,) = tokenizer.encode("<answer>")
+    (model / "generation_config.json").unlink()
+    found = json.loads((model / file).read_text()) if file == "config.json" else {}
+    (model / file).write_text(json.dumps(found | {"eos_token_id": [tokenizer.eos_id, end]}))
+    assert main(words) == 0
+    stopped = json.loads(capsys.readouterr().out)
+    before = whole["completion"].partition("<answer>")[0]
+    assert stopped["completion"] == before + "<answer>" and stopped["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_weights_that_are_no_numbers(trained, tmp_path, capsys, temperature):
+    model = tmp_path / "model"
+    shutil.copytree(trained.root / "base/model", model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][:] = np.nan
+    save_file(tensors, model / "model.safetensors")
+    assert main(["generate", str(model), "--prompt", "1", "--temperature", temperature]) == 2
+    assert "log-probs are not finite: the weights hold nan or inf" in capsys.readouterr().err
+
+
 def test_no_prompt(model, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n"))
+    monkeypatch.setattr("sys.stdin", piped("\n\n"))
     assert main(["generate", model]) == 2
     assert capsys.readouterr().err == (
         "alignjax: no prompt; give --prompt TEXT, --file PATH or pipe prompts in, one a line\n"
@@ -136,3 +187,6 @@ def test_no_prompt(model, capsys, monkeypatch, tmp_path):
     (tmp_path / "p.txt").write_bytes(b"12\xff")
     assert main(["generate", model, "--file", str(tmp_path / "p.txt")]) == 2
     assert "p.txt: not UTF-8 text (byte 2)" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", piped(b"12\xff"))
+    assert main(["generate", model]) == 2
+    assert "standard input: not UTF-8 text (byte 2)" in capsys.readouterr().err
