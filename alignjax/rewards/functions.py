@@ -2,8 +2,11 @@
 
 A reward function is any `def reward(prompt, completion, reference, **fields) -> float | dict`. It
 is called by keyword and gets what it names: `prompt`, `completion`, `reference`, `num_tokens`,
-`is_truncated` and the fields of the record. Keyword-only parameters with a default are its options:
-only the config's `args` set them, so that a column of the data cannot change how it works.
+`is_truncated` and the fields of the record. These are JSON values: of Parquet's others dates and
+times are ISO text, decimals and UUIDs text, and bytes text where they are UTF-8 and None elsewhere.
+
+Keyword-only parameters with a default are its options: only the config's `args` set them, so that a
+column of the data cannot change how it works.
 
 This module and what it imports are loaded by every worker: standard library only.
 """

@@ -2,11 +2,15 @@
 
 A worker is a fresh interpreter, not a fork: a process that has started JAX must not fork. It
 answers call by call, so the parent knows whose call hangs or kills it: that sample alone has no
-score, and the rest of its batch goes to the next worker.
+score, and the rest of its batch goes to the next worker. The processes that a reward started go
+with its worker, but for those that no longer descend from it and left its group (a double fork with
+setsid; setsid alone, if the worker died first or this process was itself killed).
 """
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import math
 import os
@@ -16,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -23,10 +28,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from alignjax.core.errors import UserError
 from alignjax.core.types import Sample, Score
 from alignjax.rewards.combine import RewardConfig, combine
-from alignjax.rewards.functions import describe
 
 STARTUP_S = 120.0
 """Limit on importing the reward functions."""
@@ -39,7 +45,8 @@ class RewardPool:
 
     Args:
       config: functions, weights and limits.
-      log_path: file to which what the reward functions print is appended; dropped if None.
+      log_path: file to which what the reward functions print is appended (its directory is made if
+        missing); dropped if None.
     Raises:
       UserError: if a function cannot be loaded.
     """
@@ -95,7 +102,7 @@ class RewardPool:
                     self._workers.remove(worker)
                     worker.end()
                 raise
-        return [score for score in work.scores if score is not None]
+        return [work.scores[i] for i in range(len(samples))]
 
     def _wait(self, work: _Round) -> None:
         """Handles what workers say, or do not say in time."""
@@ -110,14 +117,10 @@ class RewardPool:
             worker: _Worker = key.data
             spoke.add(worker)
             if mask & selectors.EVENT_READ:
-                messages, is_alive = worker.receive()
-                for message in messages:
-                    if isinstance(message, dict):
-                        if message["fault"] is not None:
-                            raise UserError(message["fault"])
-                        worker.is_starting, worker.deadline = False, math.inf
-                    else:
-                        worker.answered(message, work, self.config.timeout_s)
+                lines, is_alive = worker.receive()
+                if not all(worker.heard(line, work, self.config.timeout_s) for line in lines):
+                    self._lost(worker, work, "its worker wrote something else than outcomes")
+                    continue
                 if not is_alive:
                     self._lost(worker, work)
                     continue
@@ -144,7 +147,7 @@ class RewardPool:
         if worker.batch:
             index, name = worker.call
             work.fail(index, name, why)
-            work.todo.extendleft(reversed(worker.batch[1:]))
+            work.todo.extend(worker.batch[1:])
 
 
 class _Round:
@@ -153,18 +156,20 @@ class _Round:
     def __init__(self, config: RewardConfig, samples: Sequence[Sample]) -> None:
         self.config = config
         self.samples = samples
-        self.scores: list[Score | None] = [None] * len(samples)
+        self.scores: dict[int, Score] = {}
         self.parts: list[dict[str, dict[str, float]]] = [{} for _ in samples]
-        self.num_open = len(samples)
         self.encoded: dict[int, bytes] = {}
         self.todo: deque[int] = deque()
         for i, sample in enumerate(samples):
             try:
                 self.encoded[i] = _encode(i, sample)
                 self.todo.append(i)
-            except (TypeError, ValueError, RecursionError) as error:
-                reason = f"its reference or fields are not JSON values: {describe(error)}"
-                self.fail(i, next(iter(config.functions)), reason)
+            except ValueError as error:
+                self.fail(i, next(iter(config.functions)), str(error))
+
+    @property
+    def num_open(self) -> int:
+        return len(self.samples) - len(self.scores)
 
     def next_batch(self) -> list[int]:
         """Many while there are many, few near the end, so that no worker is left with a queue."""
@@ -179,23 +184,16 @@ class _Round:
             self.parts[index][name] = parts
             if len(self.parts[index]) < len(self.config.functions):
                 return False
-            self._close(index, combine(self.config, self.parts[index]))
+            self.scores[index] = combine(self.config, self.parts[index])
         return True
 
     def fail(self, index: int, name: str, reason: str) -> None:
         sample, path = self.samples[index], self.config.functions[name].function
-        self._close(
-            index,
-            Score(
-                None,
-                error=f"reward {name!r} ({path}): {reason}; prompt {_short(sample.prompt)}, "
-                f"completion {_short(sample.completion)}",
-            ),
+        self.scores[index] = Score(
+            None,
+            error=f"reward {name!r} ({path}): {reason}; prompt {_short(sample.prompt)}, "
+            f"completion {_short(sample.completion)}",
         )
-
-    def _close(self, index: int, score: Score) -> None:
-        self.scores[index] = score
-        self.num_open -= 1
 
 
 class _Worker:
@@ -206,9 +204,12 @@ class _Worker:
     ) -> None:
         lifeline, self._lifeline = os.pipe()
         try:
+            if log_path is not None:
+                log_path.parent.mkdir(parents=True, exist_ok=True)
             with Path(log_path or os.devnull).open("ab") as log:
+                script = Path(__file__).with_name("worker.py")
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))],
+                    [sys.executable, "-P", str(script), str(lifeline)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -236,7 +237,7 @@ class _Worker:
         self.is_starting = True
         self.deadline = time.monotonic() + STARTUP_S
         self._names = [name for name, _, _ in setup["functions"]]
-        self._send(json.dumps({**setup, "lifeline": lifeline}).encode())
+        self._send(json.dumps(setup).encode())
 
     @property
     def is_idle(self) -> bool:
@@ -256,19 +257,39 @@ class _Worker:
         self.deadline = time.monotonic() + timeout_s
         self._send(b"[" + b",".join(work.encoded[i] for i in batch) + b"]")
 
-    def answered(self, message: list[Any], work: _Round, timeout_s: float) -> None:
-        is_last = work.add(*message)
-        if is_last:
-            self.batch.pop(0)
-        self._num_answered = 0 if is_last else self._num_answered + 1
-        self.deadline = time.monotonic() + timeout_s if self.batch else math.inf
+    def heard(self, line: bytes, work: _Round, timeout_s: float) -> bool:
+        """Notes what the worker says; False if it is not what a worker says at this point.
 
-    def receive(self) -> tuple[list[Any], bool]:
-        """The messages that are complete, and whether there can be more."""
+        Raises:
+          UserError: if it says that it cannot load the functions.
+        """
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            return False
+        match message:
+            case {"fault": None} if self.is_starting:
+                self.is_starting, self.deadline = False, math.inf
+                return True
+            case {"fault": str(fault)} if self.is_starting:
+                raise UserError(fault)
+            case [index, name, parts, error] if (
+                self.batch and (index, name) == self.call and _is_outcome(parts, error)
+            ):
+                is_last = work.add(index, name, parts, error)
+                if is_last:
+                    self.batch.pop(0)
+                self._num_answered = 0 if is_last else self._num_answered + 1
+                self.deadline = time.monotonic() + timeout_s if self.batch else math.inf
+                return True
+        return False
+
+    def receive(self) -> tuple[list[bytes], bool]:
+        """The lines that are complete, and whether there can be more."""
         with suppress(BlockingIOError):
             data = os.read(self._out, 1 << 20)
             *lines, self._unread = (self._unread + data).split(b"\n")
-            return [json.loads(line) for line in lines], bool(data)
+            return lines, bool(data)
         return [], True
 
     def _send(self, line: bytes) -> None:
@@ -289,13 +310,19 @@ class _Worker:
             self._selector.unregister(self._in)
 
     def end(self, patience_s: float = 0.0) -> int:
-        """Kills the process, unless it ends by itself in time, and its children.
+        """Kills the process, unless it ends by itself in time, and those that it started.
 
         Returns:
           its exit status, negative where a signal ended it.
         """
+        family: list[psutil.Process] = []
+        with suppress(psutil.Error):  # Before it ends: then they are nobody's children.
+            family = psutil.Process(self._process.pid).children(recursive=True)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(patience_s)
+        for child in family:
+            with suppress(psutil.Error):
+                child.kill()
         with suppress(ProcessLookupError, PermissionError):  # nothing is left of the group
             os.killpg(self._process.pid, signal.SIGKILL)
         for pipe in (self._process.stdin, self._process.stdout):
@@ -324,14 +351,35 @@ def _encode(index: int, sample: Sample) -> bytes:
         "num_tokens": sample.num_tokens,
         "is_truncated": sample.is_truncated,
     }
-    return json.dumps([index, values], default=_plain).encode()
+    items = []
+    for name, value in values.items():
+        try:
+            items.append(f"{json.dumps(name)}: {json.dumps(value, default=_plain)}")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"field {name!r} cannot be given to it: {error}") from error
+    return f"[{index}, {{{', '.join(items)}}}]".encode()
 
 
 def _plain(value: Any) -> Any:
-    """NumPy arrays and scalars as lists and numbers."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
+    """What a column of Parquet or NumPy may hold beyond JSON, as JSON; see `functions`."""
+    match value:
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case decimal.Decimal() | uuid.UUID():
+            return str(value)
+        case bytes():
+            with suppress(UnicodeDecodeError):
+                return value.decode()
+            return None
+        case _ if hasattr(value, "tolist"):  # A NumPy array or scalar.
+            return value.tolist()
     raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def _is_outcome(parts: Any, error: Any) -> bool:
+    if isinstance(parts, dict):
+        return "" in parts and all(isinstance(x, float) for x in parts.values()) and error is None
+    return parts is None and isinstance(error, str)
 
 
 def _ending(status: int) -> str:

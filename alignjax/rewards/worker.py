@@ -1,27 +1,27 @@
 """Samples on stdin -> a line on stdout for each call of a reward function. Run by `pool`.
 
-A script, started as one, so that it costs as little as an interpreter does. Lines are JSON. First
-in: what to load. First out: that it is loaded, or why not. Then in: a batch of samples; out: the
-outcome of each call at once, so that whoever waits knows which call hangs.
+A script, started as one, so that it costs as little as an interpreter does. Its argument is the
+number of the pipe that closes when the parent is gone. Lines are JSON. First in: what to load.
+First out: that it is loaded, or why not. Then in: a batch of samples; out: the outcome of each call
+at once, so that whoever waits knows which call hangs.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import copy
 import json
 import os
 import resource
 import signal
 import sys
-import threading
 from typing import IO, Any
 
 
 def main() -> None:
+    _start_watchdog(int(sys.argv[1]))
+    owner = os.getpid()
     requests, outcomes = _claim_pipes()
     setup = json.loads(requests.readline())
-    _die_with_parent(setup["lifeline"])
     if setup["max_memory_bytes"]:
         limit = setup["max_memory_bytes"]
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -31,6 +31,8 @@ def main() -> None:
     from alignjax.rewards.functions import bind, describe, load, named_parts
 
     def send(message: Any) -> None:
+        if os.getpid() != owner:
+            os._exit(0)  # A reward forked and its child came back too: it has no say here.
         outcomes.write(json.dumps(message).encode() + b"\n")
         outcomes.flush()
 
@@ -45,7 +47,9 @@ def main() -> None:
         for index, values in json.loads(line):
             for name, call in calls.items():
                 try:
-                    parts = named_parts(call(values))
+                    # One function must not change what the next one sees.
+                    own = copy.deepcopy(values) if len(calls) > 1 else values
+                    parts = named_parts(call(own))
                 except BaseException as fault:  # sys.exit() in a reward must not end the worker
                     send([index, name, None, describe(fault)])
                     break
@@ -63,23 +67,18 @@ def _claim_pipes() -> tuple[IO[bytes], IO[bytes]]:
     return requests, outcomes
 
 
-def _die_with_parent(lifeline: int) -> None:
-    """Ends this process when the other end of a pipe closes, i.e. when the parent is gone.
+def _start_watchdog(lifeline: int) -> None:
+    """A process that kills this one's group when the other end of a pipe closes.
 
-    Thread and signal, since each has a gap: the thread takes children of the reward function along
-    but cannot run while a C function holds the interpreter; the signal (SIGIO, whose default is to
-    end the process) needs no interpreter.
+    A process, since a thread cannot run while a C function holds the interpreter. It holds nothing
+    but the lifeline: by the other pipes the parent sees that the worker died.
     """
-
-    def wait() -> None:
-        os.read(lifeline, 1)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
-    with contextlib.suppress(OSError):  # not every system has it for pipes
-        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
-        flags = fcntl.fcntl(lifeline, fcntl.F_GETFL)
-        fcntl.fcntl(lifeline, fcntl.F_SETFL, flags | os.O_ASYNC)
+    if os.fork():
+        os.close(lifeline)
+        return
+    os.closerange(0, lifeline)  # Nothing above it is open yet.
+    os.read(lifeline, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Rewards that raise, hang, die, print and lie: nothing is lost but the sample that did it."""
 
 import contextlib
+import datetime
+import decimal
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +52,26 @@ def act(prompt, completion, reference, num_tokens, **fields):
         with open(reference, "w") as file:
             file.write(str(pid))
         time.sleep(60)
+    if completion == "child elsewhere" or completion == "child left behind":
+        pid = subprocess.Popen(["sleep", "62"], start_new_session=True).pid
+        with open(reference, "w") as file:
+            file.write(str(pid))
+        if completion == "child elsewhere":
+            time.sleep(60)
+    if completion == "fork":
+        return 0.0 if os.fork() == 0 else 1.0
+    if completion == "fork raises":
+        if os.fork() == 0:
+            raise KeyError("child")
+        os.wait()
+    if completion == "junk":
+        for fd in range(3, 12):
+            try:
+                os.write(fd, fields["junk"].encode())
+            except OSError:
+                pass
+    if completion == "nap":
+        time.sleep(0.05)
     if completion == "fields":
         return {"tokens": num_tokens, "list": sum(fields["scores"]), "reward": reference["x"]}
     return {"nan": float("nan"), "string": "1.0", "none": None, "long": "x" * 10**7}.get(
@@ -58,8 +81,26 @@ def act(prompt, completion, reference, num_tokens, **fields):
 def pid(prompt, completion, reference):
     return os.getpid()
 
+def number(completion):
+    return float(completion) if completion != "fork" else act("q", "fork", None, 1)
+
+def text(when, at, number, ident, utf8, image, count, completion):
+    got = [when, at, number, ident, utf8, image, count, completion]
+    assert got == ["2026-11-24", "2026-11-24T09:30:00", "1.50",
+                   "12345678-1234-5678-1234-567812345678", "é", None, 3, "the real one"], got
+    return 1.0
+
+def change(reference):
+    reference.append(9)
+    return 0.0
+
+def size(reference):
+    return len(reference)
+
 def forever(prompt, completion, reference):
     with open(reference, "a") as file:
+        if completion == "child":
+            file.write(f"{subprocess.Popen(['sleep', '63']).pid}\\n")
         file.write(f"{os.getpid()}\\n")
     sum(range(10**11)) if completion == "spin" else time.sleep(60)
 """
@@ -147,9 +188,10 @@ def test_printing_and_reading_do_not_disturb(pool: RewardPool, act: str, capfd) 
 
 
 def test_prints_can_be_kept(source: Path, tmp_path: Path) -> None:
-    with RewardPool(make_config(source), log_path=tmp_path / "rewards.log") as pool:
+    path = tmp_path / "made" / "rewards.log"
+    with RewardPool(make_config(source), log_path=path) as pool:
         pool([Sample("q", "print")])
-    assert "more noise" in (tmp_path / "rewards.log").read_text()
+    assert "more noise" in path.read_text()
 
 
 def test_long_samples_are_passed_whole_and_shortened_in_errors(pool: RewardPool) -> None:
@@ -170,6 +212,80 @@ def test_references_and_fields_arrive_as_json(pool: RewardPool) -> None:
     scores = pool([Sample("q", "ok", object()), Sample("q", "ok", loop), Sample("q", "ok")])
     assert [s.value for s in scores] == [None, None, 1.0]
     assert "object is not a JSON value" in scores[0].error
+
+
+def test_columns_of_parquet_arrive_as_json(source: Path) -> None:
+    fields = {
+        "when": datetime.date(2026, 11, 24),
+        "at": datetime.datetime(2026, 11, 24, 9, 30),
+        "number": decimal.Decimal("1.50"),
+        "ident": uuid.UUID("12345678-1234-5678-1234-567812345678"),
+        "utf8": "é".encode(),
+        "image": b"\xff\xd8",
+        "count": np.int64(3),
+        "completion": "a column of that name",
+    }
+    with RewardPool(make_config(source, "text")) as pool:
+        good, bad = pool(
+            [Sample("q", "the real one", None, f) for f in (fields, {"colour": {"a": 1j}})]
+        )
+    assert good.value == 1.0, good.error
+    assert bad.value is None
+    assert "field 'colour' cannot be given to it: complex is not a JSON value" in bad.error
+
+
+def test_a_function_does_not_see_what_another_changed(source: Path) -> None:
+    functions = {n: FunctionConfig(function=f"{source}:{n}") for n in ("change", "size")}
+    with RewardPool(RewardConfig(functions=functions, num_workers=1)) as pool:
+        (score,) = pool([Sample("q", "c", [1])])
+    assert score.parts == {"change": 0.0, "size": 1.0}
+
+
+def test_the_limit_is_on_a_call_not_on_a_message_of_many(source: Path) -> None:
+    with RewardPool(make_config(source)) as pool:
+        assert [s.value for s in pool([Sample("q", "nap")] * 20)] == [1.0] * 20
+
+
+@pytest.mark.parametrize("names", [["number"], ["number", "act"]])
+@pytest.mark.parametrize("num_samples", [9, 64])
+def test_a_fork_that_comes_back_says_nothing(source: Path, names, num_samples) -> None:
+    functions = {n: FunctionConfig(function=f"{source}:{n}") for n in names}
+    completions = [str(i) for i in range(num_samples)]
+    completions[1] = "fork"
+    config = RewardConfig(functions=functions, num_workers=1)
+    with RewardPool(config) as pool:
+        scores = pool([Sample("q", c) for c in completions])
+    values = [s.parts["number"] for s in scores]
+    assert values == [float(i) for i in range(num_samples)]
+
+
+def test_a_fork_that_raises_says_nothing(pool: RewardPool) -> None:
+    scores = pool([Sample("q", c) for c in ("ok", "fork raises", "ok")])
+    assert [s.value for s in scores] == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        "junk",
+        "junk\n",
+        "7\n",
+        "[0]\n",
+        '[0, "a", {"": 0.0}, null]\n',  # Another sample's turn.
+        '[1, "b", {"": 0.0}, null]\n',
+        '[1, "a", {}, null]\n',
+        '[1, "a", {"": null}, null]\n',
+        '[1, "a", null, null]\n',
+        '{"fault": null}\n',
+        "[" * 10_000 + "\n",
+    ],
+)
+def test_what_is_no_outcome_costs_its_sample_only(pool: RewardPool, junk: str) -> None:
+    acts = ("ok", "junk", "ok")
+    scores = pool([Sample("q", act, fields={"junk": junk}) for act in acts])
+    assert [s.value for s in scores] == [1.0, None, 1.0]
+    assert "its worker wrote something else than outcomes" in scores[1].error
+    assert pool([Sample("q", "ok")])[0].value == 1.0
 
 
 def test_nothing_in_nothing_out(pool: RewardPool) -> None:
@@ -264,6 +380,18 @@ def test_children_of_a_hung_worker_are_killed_too(pool: RewardPool, tmp_path: Pa
     assert wait_until(lambda: not is_alive(int((tmp_path / "pid").read_text())))
 
 
+def test_children_in_sessions_of_their_own_are_killed_too(source: Path, tmp_path: Path) -> None:
+    with RewardPool(make_config(source)) as pool:
+        files = [tmp_path / "hung", tmp_path / "back"]
+        acts = ("child elsewhere", "child left behind")
+        samples = [Sample("q", act, str(f)) for act, f in zip(acts, files, strict=True)]
+        assert [s.value for s in pool(samples)] == [None, 1.0]
+        hung, back = (int(f.read_text()) for f in files)
+        assert wait_until(lambda: not is_alive(hung))
+        assert is_alive(back)
+    assert wait_until(lambda: not is_alive(back))
+
+
 def test_two_threads_can_score(pool: RewardPool) -> None:
     results: list[list[float | None]] = []
     threads = [
@@ -303,11 +431,12 @@ with RewardPool(config) as pool:
 
 @pytest.fixture
 def parent(request: pytest.FixtureRequest, source: Path, tmp_path: Path):
-    """A process whose two workers hang, and their pids."""
+    """A process whose two workers hang, and the pids of these and of what they started."""
     file = tmp_path / "pids"
     command = [sys.executable, "-c", PARENT, str(source), str(file), request.param]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert wait_until(lambda: file.exists() and len(file.read_text().split()) == 2)
+    num = 4 if request.param == "child" else 2
+    assert wait_until(lambda: file.exists() and len(file.read_text().split()) == num)
     pids = [int(p) for p in file.read_text().split()]
     yield process, pids
     for pid in (process.pid, *pids):
@@ -316,7 +445,7 @@ def parent(request: pytest.FixtureRequest, source: Path, tmp_path: Path):
     process.communicate()
 
 
-@pytest.mark.parametrize("parent", ["sleep", "spin"], indirect=True)
+@pytest.mark.parametrize("parent", ["sleep", "spin", "child"], indirect=True)
 def test_a_killed_parent_leaves_no_worker(parent) -> None:
     process, pids = parent
     assert all(is_alive(p) for p in pids)
