@@ -130,7 +130,8 @@ class Grpo:
             num_samples=rollout.group_size,
         )
         self._generate = make_generate(model, mesh=mesh, max_rows=rollout.max_rows)
-        self._score = RewardPool(config.rewards)
+        log_path = Path(config.output_dir) / config.name / "rewards.log"
+        self._score = RewardPool(config.rewards, log_path=log_path)
         self._reference: Params | None = None
         num_shards = batch_shards(mesh)
 

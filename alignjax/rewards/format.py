@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["length", "matches", "overlong", "tags"]
+__all__ = ["length", "matches", "tags"]
 
 
 def tags(
@@ -70,25 +70,3 @@ def length(
     """1.0 between min_tokens and max_tokens, falling linearly to 0.0 at `slack` tokens outside."""
     outside = max(min_tokens - num_tokens, num_tokens - max_tokens, 0)
     return max(0.0, 1.0 - outside / slack) if slack else float(outside == 0)
-
-
-def overlong(
-    prompt: str,
-    completion: str,
-    reference: Any,
-    num_tokens: int,
-    *,
-    max_tokens: int,
-    buffer: int,
-    **fields: Any,
-) -> float:
-    """Soft overlong punishment: 0 up to max_tokens - buffer, then linearly down to -1.
-
-    Args:
-      max_tokens: L, from where on it is -1.
-      buffer: C > 0, width of the slope in tokens.
-    Source: arXiv:2503.14476 eq. 13.
-    """
-    if not 0 < buffer <= max_tokens:
-        raise ValueError(f"buffer={buffer}; expected 0 < buffer <= max_tokens={max_tokens}")
-    return min(0.0, max(-1.0, (max_tokens - buffer - num_tokens) / buffer))

@@ -6,6 +6,7 @@ The whole with a real sampler is in test_grpo_runs.py.
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,10 @@ class FakeRewards:
     def __init__(self, *calls):
         self.calls, self.samples = list(calls), []
 
+    def made(self, *, log_path):
+        self.log_path = log_path
+        return self
+
     def __call__(self, samples):
         values = self.calls.pop(0) if len(self.calls) > 1 else self.calls[0]
         self.samples.append(samples)
@@ -79,7 +84,7 @@ def make(world, monkeypatch):
     def build(*rewards, num_prompts=4, group_size=3, max_tokens=10, devices=1, **changes):
         sampler, score = FakeSampler(), FakeRewards(*rewards)
         monkeypatch.setattr(grpo, "make_generate", lambda model, **_: sampler)
-        monkeypatch.setattr(grpo, "RewardPool", lambda config: score)
+        monkeypatch.setattr(grpo, "RewardPool", lambda config, **options: score.made(**options))
         values = {
             "phase": "grpo", "name": "x", "tokenizer": str(world / "tokenizer"),
             "model": {"init": {
@@ -239,6 +244,10 @@ def test_centred_advantages_by_hand(make, watch):
     found = sequences(batch)
     for (key, _), advantage in zip(sampled(phase), [0.5, -0.5, 0.0] * 4, strict=True):
         np.testing.assert_allclose(found[key][0], advantage, atol=1e-6)
+
+
+def test_what_rewards_print_goes_into_the_directory_of_the_run(make):
+    assert make([1.0], output_dir="out").score.log_path == Path("out/x/rewards.log")
 
 
 def test_overlong_penalty_counts_tokens(make, watch):

@@ -34,7 +34,7 @@ def share_of_sevens(samples):
 @pytest.fixture
 def make(world, monkeypatch):
     def build(sizes=(1, 1, 1), rewards=share_of_sevens, **changes):
-        monkeypatch.setattr(grpo, "RewardPool", lambda config: rewards)
+        monkeypatch.setattr(grpo, "RewardPool", lambda config, **_: rewards)
         values = {
             "phase": "grpo", "name": "x", "tokenizer": str(world / "tokenizer"),
             "model": {"init": {

@@ -62,17 +62,3 @@ def test_length(num_tokens: int, expected: float) -> None:
     assert got == expected
     hard = shape.length("q", "c", None, num_tokens, min_tokens=10, max_tokens=20)
     assert hard == float(expected == 1.0)
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "expected"), [(0, 0.0), (80, 0.0), (85, -0.25), (100, -1.0), (150, -1.0)]
-)
-def test_overlong(num_tokens: int, expected: float) -> None:
-    """arXiv:2503.14476 eq. 13 with L = 100, C = 20."""
-    got = shape.overlong("q", "c", None, num_tokens, max_tokens=100, buffer=20)
-    assert got == expected
-
-
-def test_overlong_needs_a_slope() -> None:
-    with pytest.raises(ValueError, match="buffer=0"):
-        shape.overlong("q", "c", None, 1, max_tokens=100, buffer=0)
