@@ -17,6 +17,8 @@ NUMBER = re.compile(
     r"(?:[eE][-+]?\d+(?!\w))?"
 )
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+# What a backslash begins is a box or an escape; `\\boxed{`, escaped once too often, is a box.
+_BRACE = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[^\\]|[{}]")
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
@@ -27,7 +29,8 @@ def visible(prompt: str, completion: str) -> str:
     nothing opened is thought too.
     """
     text = f"<think>{completion}" if prompt.rstrip().endswith("<think>") else completion
-    text = _THOUGHT.sub("", text)
+    *closed, rest = text.rpartition("</think>")  # Beyond it a search would be in vain, each time.
+    text = _THOUGHT.sub("", "".join(closed)) + rest
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
@@ -76,14 +79,14 @@ def find_number(text: str) -> float | None:
 
 def _boxed(text: str) -> list[str]:
     """Contents of every `\\boxed{...}` that is closed, in order; of nested ones the outermost."""
-    found = []
-    start = 0
-    while opening := re.compile(r"\\boxed\s*\{").search(text, start):
-        start, depth = opening.end(), 1
-        for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                found.append(text[start : brace.start()])
-                start = brace.end()
-                break
-    return found
+    found: list[tuple[int, int]] = []
+    opened: list[int | None] = []  # Of each open brace where its box begins; None if it is no box.
+    for token in _BRACE.finditer(text):
+        if token[0] == "}":
+            if opened and (start := opened.pop()) is not None:
+                while found and found[-1][0] > start:
+                    found.pop()
+                found.append((start, token.start()))
+        elif token[0].endswith("{") and token[0] != "\\{":
+            opened.append(None if token[0] == "{" else token.end())
+    return [text[start:end] for start, end in found]

@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -26,8 +27,16 @@ from types import ModuleType
 from typing import Any
 
 from alignjax.core.errors import UserError
+from alignjax.rewards.answers import find_answer
 
 BUILTIN_MODULES = ("verify", "format")
+_KINDS: dict[str, tuple[Any, str]] = {
+    "str": (str, "text"),
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+}
+"""Annotations of the built-ins' options: what may stand there."""
 RewardFunction = Callable[..., Any]
 
 
@@ -118,7 +127,8 @@ def bind(function: RewardFunction, args: Mapping[str, Any], path: str) -> Callab
     Returns:
       call(values): the function of the values that it names.
     Raises:
-      UserError: on an option that it does not have.
+      UserError: on an option that it does not have, and, of a built-in, on one that is missing or
+        has a value that it cannot be.
     """
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -127,7 +137,9 @@ def bind(function: RewardFunction, args: Mapping[str, Any], path: str) -> Callab
     by_keyword = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
     names = [p.name for p in by_keyword]
-    options = {p.name for p in by_keyword if p.kind == p.KEYWORD_ONLY and p.default is not p.empty}
+    is_builtin = str(getattr(function, "__module__", "")).startswith("alignjax.rewards.")
+    keyword_only = [p for p in by_keyword if p.kind == p.KEYWORD_ONLY]
+    options = {p.name for p in keyword_only if is_builtin or p.default is not p.empty}
     for arg in args:
         # A built-in swallows `**fields`; a misspelt option must not vanish in there.
         if arg not in names and (not takes_any or options):
@@ -137,11 +149,39 @@ def bind(function: RewardFunction, args: Mapping[str, Any], path: str) -> Callab
                 + (f". Did you mean {close[0]!r}?" if close else "")
             )
 
+    for option in keyword_only if is_builtin else []:
+        if option.name in args:
+            fault = _fault(option, args[option.name])
+        else:
+            fault = "it is missing; set it in args" if option.default is option.empty else None
+        if fault:
+            raise UserError(f"reward function {path!r}, argument {option.name!r}: {fault}")
+
     def call(values: Mapping[str, Any]) -> Any:
         seen = {k: v for k, v in values.items() if (takes_any or k in names) and k not in options}
         return function(**{**seen, **args})
 
     return call
+
+
+def _fault(option: inspect.Parameter, value: Any) -> str | None:
+    """What is wrong with the value of a built-in's option, if anything."""
+    if option.annotation == "Sequence[str]":
+        is_right, expected = isinstance(value, list), "a list of texts"
+        is_right = is_right and all(isinstance(item, str) for item in value)
+    else:
+        kinds, expected = _KINDS[option.annotation]
+        is_right = isinstance(value, kinds)
+    if not is_right:
+        return f"expected {expected}, came {value!r}"
+    try:
+        if option.name == "pattern":
+            re.compile(value)
+        elif option.name in ("place", "reference_place"):
+            find_answer("", value)
+    except (ValueError, re.error) as error:
+        return f"{value!r}: {error}"
+    return None
 
 
 def named_parts(result: Any) -> dict[str, float]:

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from alignjax.rewards.answers import NUMBER, find_answer, find_number, visible
-from alignjax.rewards.arithmetic import calculate
+from alignjax.rewards.arithmetic import MAX_CHARS, calculate
 from alignjax.rewards.format import tags as has_tags
 
 __all__ = ["calculations", "exact", "math", "numeric"]  # noqa: F822
@@ -104,7 +104,9 @@ def calculations(
       reward: the share, in [0, 1]; right: the share of those written whose arithmetic holds,
       wherever they lead, 0 if there are none; written: how many there are.
     """
-    known = {Fraction(n.replace(",", "")) for n in NUMBER.findall(prompt)}
+    # Only numbers that an annotation can hold: 1e999999999 written out would fill the memory.
+    numbers_of_prompt = [n for n in NUMBER.findall(prompt) if len(n) <= MAX_CHARS]
+    known = {Fraction(n.replace(",", "")) for n in numbers_of_prompt if "e" not in n.lower()}
     annotations = _ANNOTATION.findall(completion)
     num_right, credit = 0, 0.0
     seen = set()

@@ -38,6 +38,11 @@ def test_thinking_is_not_visible(prompt: str, completion: str, expected: str) ->
         (r"\boxed{3} \boxed{4", "boxed", "3"),
         (r"\boxed{\boxed{3}}", "boxed", r"\boxed{3}"),
         (r"\boxed{}", "boxed", None),
+        (r"{ \boxed{ {1} \boxed {2} { \boxed{3} }", "boxed", "3"),
+        (r"} \boxed{1} }", "boxed", "1"),
+        (r"\boxed{1\}2\\}", "boxed", r"1\}2\\"),
+        (r"\\boxed{1} \\\boxed{2} \\\\boxed{3}", "boxed", "3"),
+        (r"\boxedin{1}", "boxed", None),
         ("#### 1\nso\n#### 1,200 \nbye", "hashes", "1,200"),
         ("####", "hashes", None),
         ("from 3 to 12-4", "last_number", "4"),
@@ -53,6 +58,22 @@ def test_thinking_is_not_visible(prompt: str, completion: str, expected: str) ->
 )
 def test_place(text: str, place: str, expected: str | None) -> None:
     assert find_answer(text, place) == expected
+
+
+@pytest.mark.parametrize("num", [1, 16_384, 500_000])
+def test_repeats_do_not_take_long(num: int) -> None:
+    """Half a million: hours if each opening were followed to the end of the text."""
+    assert find_answer("\\boxed{" * num, "boxed") is None
+    assert find_answer("\\boxed{" * num + "7}", "boxed") == "7"
+    assert find_answer("\\boxed{7}" + "\\boxed{" * num, "boxed") == "7"
+    nested = "\\boxed{" * num + "7" + "}" * num
+    assert find_answer(nested, "boxed") == nested[len("\\boxed{") : -1]
+    assert find_answer("\\" * 2 * num + "\\boxed{7}", "boxed") == "7"
+    assert visible("q", "a" + "<think>" * num) == "a"
+    assert visible("q", "<think>" * num + "b</think>a" + "<think>" * num) == "a"
+    assert visible("q", "</think>" * num + "a") == "a"
+    assert find_answer("<answer>" * num, "answer_tag") is None
+    assert find_answer("<answer>" * num + "7</answer>" * num, "answer_tag") == "7"
 
 
 def test_unknown_place() -> None:

@@ -90,6 +90,48 @@ def test_misspelt_option() -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "args", "message"),
+    [
+        ("format.length", {}, "argument 'max_tokens': it is missing; set it in args"),
+        ("format.length", {"max_tokens": "10"}, "'max_tokens': expected a whole number, came '10'"),
+        ("format.length", {"max_tokens": 9, "slack": 0.5}, "'slack': expected a whole number"),
+        ("format.matches", {}, "argument 'pattern': it is missing"),
+        ("format.matches", {"pattern": "("}, r"'pattern': '\(': missing \)"),
+        ("format.tags", {"tags": "think"}, "'tags': expected a list of texts, came 'think'"),
+        ("format.tags", {"may_be_empty": "think"}, "'may_be_empty': expected a list of texts"),
+        ("verify.exact", {"required_tags": "answer"}, "'required_tags': expected a list of texts"),
+        ("verify.exact", {"required_tags": [1]}, "'required_tags': expected a list of texts"),
+        ("verify.exact", {"ignore_case": "no"}, "'ignore_case': expected true or false"),
+        ("verify.exact", {"place": "box"}, "'place': 'box': .*expected one of answer_tag"),
+        ("verify.math", {"place": 1}, "'place': expected text, came 1"),
+        ("verify.math", {"reference_place": "regex:("}, "'reference_place': 'regex:.': missing"),
+        ("verify.numeric", {"rtol": "1e-3"}, "'rtol': expected a number, came '1e-3'"),
+    ],
+)
+def test_options_of_built_ins_are_checked_at_load(path: str, args: dict, message: str) -> None:
+    with pytest.raises(UserError, match=f"reward function {path!r}, .*{message}"):
+        bind(load(path), args, path)
+
+
+def test_every_option_of_a_built_in_can_be_checked() -> None:
+    for path in ("exact", "math", "numeric", "calculations"):
+        bind(load(f"verify.{path}"), {}, path)
+    args = {"min_tokens": 1, "max_tokens": 2, "slack": 1}
+    assert bind(load("format.length"), args, "f")(VALUES | {"max_tokens": 9}) == 0.0
+    for args in ({"place": "all", "required_tags": []}, {"ignore_case": True}):
+        bind(verify.exact, args, "f")
+    bind(verify.numeric, {"atol": 0, "rtol": 1e-3}, "f")
+    bind(verify.calculations, {"partial": 0.5}, "f")
+
+
+def test_options_of_the_users_own_are_their_business() -> None:
+    def reward(completion, *, color, tags=()):
+        return color, tags
+
+    assert bind(reward, {"tags": "think"}, "f")(VALUES) == ("red", "think")
+
+
+@pytest.mark.parametrize(
     ("result", "expected"),
     [
         (1, {"": 1.0}),

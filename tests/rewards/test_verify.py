@@ -177,6 +177,13 @@ def test_calculations_in_part(completion: str, reward: float) -> None:
     assert got["reward"] == pytest.approx(reward)
 
 
+@pytest.mark.parametrize("number", ["1e999999999", "-2.5E999999999", "9" * 10_000])
+def test_numbers_of_the_prompt_are_not_written_out(number: str) -> None:
+    """Neither the memory nor the largest number of digits that Python reads is reached."""
+    got = verify.calculations(f"What is {number} and 4?", "<<4+4=8>>", None)
+    assert got == {"reward": 1.0, "right": 1.0, "written": 1.0}
+
+
 def test_gsm8k_references_calculate(real_data: Path) -> None:
     """Theirs are right but for a few of another form; most use the numbers of the question."""
     lines = (real_data / "gsm8k" / "test-660.jsonl").read_text().splitlines()
