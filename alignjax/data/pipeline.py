@@ -127,8 +127,9 @@ class RecordIterator(Iterator[T]):
             try:
                 item, error = next(self._records)
             except StopIteration:
-                if self._dropped == self._read > 0:
-                    raise _all_dropped() from None
+                # The data of one process only: to another all of them may be of use.
+                if self._dropped == self._read > 0 and self._identity["process_count"] == 1:
+                    raise _all_dropped(self._read) from None
                 break
             if error is not None:
                 self._records.set_state(
@@ -142,8 +143,8 @@ class RecordIterator(Iterator[T]):
                 continue
             self._dropped += 1
             in_vain += 1
-            if in_vain * self._epochs_per_record > 2:
-                raise _all_dropped()
+            if in_vain > 2 * self._identity["num_records"]:
+                raise _all_dropped(in_vain)
         return [item for *_, item in self._pending]
 
 
@@ -273,8 +274,10 @@ def examples(
     )
 
 
-def _all_dropped() -> UserError:
-    return UserError("data: every record is too long and was dropped; allow more tokens")
+def _all_dropped(num: int) -> UserError:
+    return UserError(
+        f"data: every one of the last {num} records is too long and was dropped; allow more tokens"
+    )
 
 
 def _located(source: Source, index: int, encode: Callable[[Any], T]) -> T:

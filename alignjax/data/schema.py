@@ -159,7 +159,7 @@ def make_example(record: Record, fields: Fields, where: Any) -> Example:
             if not found:
                 raise UserError(
                     f"{where()}: reference: {fields.reference_pattern!r} matches nothing in "
-                    f"{reference!r}"
+                    f"{_shown(reference)}"
                 )
             reference = found[-1].strip()
     return Example(
@@ -183,7 +183,7 @@ def _check_messages(messages: Any, name: str, where: Any) -> None:
         if message["role"] not in ROLES:
             raise UserError(
                 f"{where()}: {name}[{i}].role: expected one of {', '.join(ROLES)}, "
-                f"came {message['role']!r}"
+                f"came {_shown(message['role'])}"
             )
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise UserError(
@@ -195,8 +195,12 @@ def _check_messages(messages: Any, name: str, where: Any) -> None:
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing (null)"
+    return f"{type(value).__name__} {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
     shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
+    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _template_keys(template: str) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""A path, `tfds:NAME/SPLIT` or `hf:NAME/SPLIT` -> records by index, each with where it stands."""
+"""A path, `tfds:NAME/SPLIT` or `hf:NAME/SPLIT` -> records by index, each with where it stands.
+
+On the Hub NAME is ORG/NAME for most; with a configuration it is `hf:ORG/NAME/CONFIG/SPLIT`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import itertools
 import json
 import mmap
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +21,10 @@ import numpy as np
 from alignjax.core.errors import UserError
 
 Record = dict[str, Any]
+_FORMS = {
+    "tfds": "tfds:NAME/SPLIT, such as tfds:gsm8k/train",
+    "hf": "hf:NAME/SPLIT or hf:ORG/NAME/CONFIG/SPLIT, such as hf:openai/gsm8k/main/train",
+}
 
 
 class Source(Protocol):
@@ -36,7 +44,8 @@ def open_source(spec: str | Sequence[str]) -> Source:
 
     Args:
       spec: a .jsonl, .jsonl.gz, .parquet or .array_record (JSON in each record) file; the directory
-        of a Hugging Face data set (`save_to_disk`); `tfds:NAME/SPLIT`; `hf:NAME/SPLIT`.
+        of a Hugging Face data set (`save_to_disk`); `tfds:NAME/SPLIT`; `hf:NAME/SPLIT`;
+        `hf:ORG/NAME/CONFIG/SPLIT`.
     Raises:
       UserError: if it is missing, empty, of an unknown kind, or a line of it is broken JSON.
     """
@@ -63,7 +72,7 @@ class JsonLines:
         if path.suffix == ".gz":
             try:
                 self._data: bytes | mmap.mmap = gzip.decompress(path.read_bytes())
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise UserError(f"{path}: not a complete gzip file: {error}") from error
         elif path.stat().st_size == 0:  # Which no memory map can be.
             self._data = b""
@@ -147,7 +156,7 @@ def _open_one(spec: str) -> Source:
     if scheme in ("tfds", "hf") and rest:
         name, _, split = rest.rpartition("/")
         if not name or not split:
-            raise UserError(f"{spec}: expected {scheme}:NAME/SPLIT, such as {scheme}:gsm8k/train")
+            raise UserError(f"{spec}: expected {_FORMS[scheme]}")
         return _open_tfds(spec, name, split) if scheme == "tfds" else _open_hub(spec, name, split)
     path = Path(spec).expanduser()
     if not path.exists():
@@ -204,15 +213,20 @@ def _open_tfds(spec: str, name: str, split: str) -> Source:
         raise UserError(
             f"{spec}: cannot be opened by tensorflow-datasets: {_first(error)}"
         ) from error
-    return Rows(rows, spec, lambda row, _: _plain(row), "record")
+    return Rows(rows, spec, _record, "record")
 
 
 def _open_hub(spec: str, name: str, split: str) -> Source:
     datasets = _need("datasets", spec, "pip install 'alignjax[hf]'")
+    config = None
+    if name.count("/") == 2 and all(name.split("/")):
+        name, _, config = name.rpartition("/")
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # Unknown name, unknown split, no network: dozens of types.
-        raise UserError(f"{spec}: cannot be opened by datasets: {_first(error)}") from error
+        raise UserError(
+            f"{spec}: cannot be opened by datasets: {_first(error)}; expected {_FORMS['hf']}"
+        ) from error
     return Rows(rows, spec, lambda row, _: row, "record")
 
 
@@ -248,8 +262,20 @@ def _parse_json(data: bytes, where: Callable[[], str]) -> Record:
         raise UserError(f"{where()}: not UTF-8 at byte {error.start} of the line") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where()}: broken JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # Thousands of digits, or of brackets.
+        raise UserError(f"{where()}: JSON that cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise UserError(f"{where()}: expected an object {{...}}, came {type(record).__name__}")
+    return record
+
+
+def _record(row: Mapping[str, Any], where: Callable[[], str]) -> Record:
+    record = {}
+    for name, value in row.items():
+        try:
+            record[name] = _plain(value)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where()}: field {name!r} is not UTF-8 text: {error}") from error
     return record
 
 

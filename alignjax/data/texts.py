@@ -13,7 +13,8 @@ def texts(source: Source, fields: Sequence[str], *, limit: int | None = None) ->
     """The text of the fields, or of all fields if none is named, of the first `limit` records.
 
     Raises:
-      UserError: naming the record, if it does not have a field or no text stands there.
+      UserError: naming the record, if it does not have a field, no text stands there, or half a
+        character.
     """
     for index in range(len(source) if limit is None else min(limit, len(source))):
         record = source[index]
@@ -25,7 +26,15 @@ def texts(source: Source, fields: Sequence[str], *, limit: int | None = None) ->
             found = list(_strings(record[name]))
             if fields and not found:
                 raise UserError(f"{source.where(index)}: field {name!r} holds no text")
-            yield from found
+            for text in found:
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise UserError(
+                        f"{source.where(index)}: field {name!r}: character {error.start + 1} of "
+                        "the text is half a character (a surrogate)"
+                    ) from error
+                yield text
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -61,6 +61,26 @@ def test_conversation(tmp_path):
     assert text(got) == "a;b;c;", "the answer to come is not part of the prompt"
 
 
+def test_template_variables_reach_the_template_for_training_and_for_prompts(tmp_path):
+    template = tmp_path / "mood.jinja"
+    template.write_text(
+        "{{ mood }}:{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    options = {
+        "fields": Fields(messages="m"), "chat_template": str(template),
+        "template_variables": {"mood": "glad"},
+    }  # fmt: skip
+    example = Example(messages=TALK[:2])
+    assert text(sequence(example, **options)["tokens"]) == "glad:a<eos>b<eos>"
+    assert text(prompt(example, **options)) == "glad:a<eos>"
+
+
+def test_a_prompt_ends_before_all_of_the_last_answers():
+    two = [*TALK[:2], {"role": "assistant", "content": "more"}]
+    got = prompt(Example(messages=two), fields=Fields(messages="m"))
+    assert text(got) == "<bos>User:\na\n\nAssistant:\n"
+
+
 def test_chat_wraps_prompt_and_completion_into_messages():
     example = Example(prompt="a", completion="b")
     wrapped = sequence(example, chat=True, system="s")

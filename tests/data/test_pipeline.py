@@ -210,8 +210,20 @@ def test_dropped_records_are_counted_and_the_count_is_restored():
 
 @pytest.mark.parametrize("num_epochs", [None, 1])
 def test_if_everything_is_dropped_it_says_so(num_epochs):
-    with pytest.raises(UserError, match="every record is too long"):
+    num = NUM if num_epochs else 2 * NUM + 1
+    with pytest.raises(UserError, match=f"every one of the last {num} records is too long"):
         next(rows_of(row_len=1, overlong="drop", num_epochs=num_epochs))
+
+
+def test_a_process_does_not_judge_the_data_by_its_shard():
+    """Of each four records the one of process 3 is too long; in a shuffled order it is another's
+    turn in each epoch."""
+    options = {"row_len": 4, "overlong": "drop", "process_index": 3, "process_count": 4}
+    assert list(rows_of(Numbered(4), shuffle=False, num_epochs=1, **options)) == []
+    for seed in range(20):
+        next(rows_of(Numbered(4), seed=seed, num_micro_batches=1, rows=1, packed=False, **options))
+    with pytest.raises(UserError, match="every one of the last 9 records is too long"):
+        next(rows_of(Numbered(4), shuffle=False, **options))
 
 
 def test_a_record_that_was_refused_is_refused_again_and_the_position_stays():

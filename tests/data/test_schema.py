@@ -83,6 +83,11 @@ def test_messages():
             {"prompt": "question", "reference": "a", "reference_pattern": "#### (.+)"},
             "reference: '#### (.+)' matches nothing in 'none'",
         ),
+        (
+            {"question": "q", "a": "x" * 10_000},
+            {"prompt": "question", "reference": "a", "reference_pattern": "#### (.+)"},
+            f"matches nothing in '{'x' * 56}...",
+        ),
         ({"m": "hello"}, {"messages": "m"}, "expected a list of messages, came str 'hello'"),
         ({"m": []}, {"messages": "m"}, "expected a list of messages"),
         ({"m": [{"content": "x"}]}, {"messages": "m"}, "field 'm'[0]: expected {"),

@@ -232,7 +232,7 @@ def test_no_data(refused, tmp_path):
     (tmp_path / "data.csv").write_text("1,2\n")
     assert refused(SFT, "data.train=data.csv").startswith("data.csv: unknown kind of file; ")
     assert refused(SFT, "data.row_len=8", "data.overlong=drop").startswith(
-        "data: every record is too long and was dropped; allow more tokens"
+        "data: every one of the last "
     )
 
 
@@ -320,6 +320,7 @@ def test_a_stop_token_that_is_several(refused):
         ("verify.exakt", "{}", "reward function 'verify.exakt': alignjax.rewards.verify has no "
          "function 'exakt'; it has "),
         ("nowhere:reward", "{}", "reward function 'nowhere:reward': there is no module 'nowhere'"),
+        ("format.length", "{}", "reward function 'format.length', argument 'max_tokens': it is "),
         ("verify.exact", "{pace: all}", "reward function 'verify.exact' has no argument 'pace'; "),
     ],
 )  # fmt: skip
