@@ -11,7 +11,8 @@ examples:
       --special-token '<think>' --special-token '</think>' --vocab-size 4096 --out tokenizers/math
 
 Writes tokenizer.model, tokenizer.json and tokenizer_config.json. Ids 0 to 3 are padding, BOS, EOS
-and unknown. A character without a piece of its own is spelled in bytes: any text can be encoded.
+and unknown. A character without a piece of its own is spelled in bytes: any text can be encoded,
+and comes back as it was, but for U+2581, which becomes a space.
 """
 
 

@@ -29,7 +29,7 @@ Message = Mapping[str, Any]
 PLAIN_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{{ message.role | capitalize }}:\n{{ message.content }}"
+    "{{ message.role | capitalize }}:\n{{ message.content or '' }}"
     "{{ eos_token if message.role == 'assistant' }}\n\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
@@ -66,14 +66,15 @@ class ChatTemplate:
         """Text of a conversation; `variables` (tools, enable_thinking, ...) reach the template.
 
         Raises:
-          UserError: if the template refuses the messages.
+          UserError: if the template refuses the messages, or fails on them in any way.
         """
         values = {**self._special, **variables, "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(messages=list(messages), **values)
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # A template is a program, with all that can go wrong in one.
             roles = " ".join(str(message.get("role")) for message in messages)
-            raise UserError(f"chat template: {error} (roles: {roles})") from error
+            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+            raise UserError(f"chat template: {kind}{error} (roles: {roles})") from error
 
 
 def encode_chat(
@@ -116,7 +117,7 @@ def encode_chat(
     for i in turns:
         before = template.render(messages[:i], add_generation_prompt=True, **variables)
         if not text.startswith(before):
-            raise _unstable(i, "the generation prompt is no prefix of the conversation")
+            raise _unstable(i, "the generation prompt is no prefix of the conversation", variables)
         starts.append(len(before))
 
     ids = tokenizer.encode(text[: starts[0]])
@@ -124,7 +125,7 @@ def encode_chat(
     for i, start, stop in zip(turns, starts, [*starts[1:], len(text)], strict=True):
         segment = tokenizer.encode(text[start:stop])
         alone = tokenizer.encode(template.render(messages[: i + 1], **variables)[start:])
-        num_trained = _turn_length(tokenizer, segment, alone, i)
+        num_trained = _turn_length(tokenizer, segment, alone, i, variables)
         ids += segment
         mask += [True] * num_trained + [False] * (len(segment) - num_trained)
     _check_bos(tokenizer, ids)
@@ -178,7 +179,13 @@ def encode_prompt_completion(
     return before + after, [False, *mask[1:]] if mask else []
 
 
-def _turn_length(tokenizer: Tokenizer, ids: list[int], alone: list[int], turn: int) -> int:
+def _turn_length(
+    tokenizer: Tokenizer,
+    ids: list[int],
+    alone: list[int],
+    turn: int,
+    variables: Mapping[str, Any],
+) -> int:
     """Tokens of the assistant's turn at the start of `ids`, its last special token included.
 
     `alone` is the same turn where nothing follows. After its end the two may differ, but in special
@@ -187,7 +194,7 @@ def _turn_length(tokenizer: Tokenizer, ids: list[int], alone: list[int], turn: i
     pairs = zip(ids, alone, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     if tokenizer.decode(alone[shared:]).strip():
-        raise _unstable(turn, "the turn reads otherwise once another follows")
+        raise _unstable(turn, "the turn reads otherwise once another follows", variables)
     for length in range(shared, 0, -1):
         if _is_special(tokenizer, ids[length - 1]):
             return length
@@ -203,10 +210,15 @@ def _is_special(tokenizer: Tokenizer, token: int) -> bool:
     return not tokenizer.decode([token]) and bool(tokenizer.decode([token], skip_special=False))
 
 
-def _unstable(turn: int, why: str) -> UserError:
+def _unstable(turn: int, why: str, variables: Mapping[str, Any]) -> UserError:
+    # Such as enable_thinking: false, whose prompt has closed the thought that the turn begins with.
+    unfit = (
+        f"leave out template_variables ({', '.join(variables)}) that do not fit these messages, "
+    )
     return UserError(
-        f"messages[{turn}]: {why}, so this template cannot train every turn at once; train the "
-        'last turn only (train_on="last"), or write one conversation per turn'
+        f"messages[{turn}]: {why}, so this template cannot train every turn at once; "
+        f"{unfit if variables else ''}"
+        'train the last turn only (train_on="last"), or write one conversation per turn'
     )
 
 

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from alignjax.core.errors import UserError
-from alignjax.text.tokenizer import SENTENCEPIECE_FILE, HFTokenizer, tokenizer_config
+from alignjax.text.tokenizer import (
+    ALTERS_SPACES,
+    SENTENCEPIECE_FILE,
+    HFTokenizer,
+    tokenizer_config,
+)
 
 _SPACE = "\u2581"
 """How sentencepiece spells a space inside its pieces."""
@@ -35,9 +40,10 @@ def train_sentencepiece(
 ) -> HFTokenizer:
     """Trains a vocabulary and writes tokenizer.model, tokenizer.json and tokenizer_config.json.
 
-    Lossless and deterministic: text is not normalised, spaces are kept, a number is split into its
-    digits, and a character without a piece of its own is spelled in bytes. The same texts in the
-    same order give the same files.
+    Lossless but for U+2581, which stands for a space inside and comes back as one, and
+    deterministic: text is not normalised, spaces are kept, a number is split into its digits, and a
+    character without a piece of its own is spelled in bytes. The same texts in the same order give
+    the same files.
 
     Args:
       texts: what to train on.
@@ -47,10 +53,17 @@ def train_sentencepiece(
       model_type: "unigram" (arXiv:1804.10959) or "bpe" (arXiv:1508.07909).
       character_coverage: share of the characters that get a piece; the others become bytes.
     Raises:
-      UserError: if there is no text, or too little of it for `vocab_size`.
+      UserError: if there is no text, too little of it for `vocab_size`, or `vocab_size` is too
+        small for what every vocabulary has.
     """
     import sentencepiece
 
+    num_fixed = len((PAD, BOS, EOS, UNK)) + 256 + len(special_tokens)
+    if vocab_size <= num_fixed:
+        raise UserError(
+            f"tokenizer: vocab_size={vocab_size}; expected more than {num_fixed}: 4 special "
+            f"tokens, 256 bytes and {len(special_tokens)} of special_tokens come before any piece"
+        )
     total = 0
 
     def counted() -> Iterator[str]:
@@ -105,7 +118,7 @@ def load_sentencepiece(path: str | Path) -> HFTokenizer:
     """Reads a unigram or BPE tokenizer.model.
 
     Raises:
-      UserError: if it is no sentencepiece model, of another type, or has no EOS.
+      UserError: if it is no sentencepiece model, of another type, alters spaces, or has no EOS.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
@@ -119,22 +132,23 @@ def load_sentencepiece(path: str | Path) -> HFTokenizer:
     trainer, piece_type = proto.trainer_spec, schema.ModelProto.SentencePiece
     if not proto.pieces or trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
         raise UserError(f"{path}: expected a sentencepiece model of type unigram or bpe")
+    spec = proto.normalizer_spec
+    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+        raise UserError(f"{path}: {ALTERS_SPACES}")
     is_unigram = trainer.model_type == trainer.UNIGRAM
     tokenizer = tokenizers.Tokenizer(
         _unigram(proto, piece_type) if is_unigram else _bpe(proto, piece_type)
     )
-    spec = proto.normalizer_spec
-    if steps := _normalizers(spec):
-        tokenizer.normalizer = normalizers.Sequence(steps)
+    if spec.precompiled_charsmap:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Precompiled(spec.precompiled_charsmap)]
+        )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=_SPACE,
-        prepend_scheme="first" if spec.add_dummy_prefix else "never",
-        split=False,
+        replacement=_SPACE, prepend_scheme="never", split=False
     )
-    decode = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if spec.add_dummy_prefix:
-        decode.append(decoders.Strip(" ", 1, 0))
-    tokenizer.decoder = decoders.Sequence(decode)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     control = (piece_type.CONTROL, piece_type.UNKNOWN)
     tokenizer.add_special_tokens(
         [_added(p.piece, special=True) for p in proto.pieces if p.type in control]
@@ -184,16 +198,3 @@ def _bpe(proto: Any, piece_type: Any) -> models.BPE:
         fuse_unk=True,
         byte_fallback=proto.trainer_spec.byte_fallback,
     )
-
-
-def _normalizers(spec: Any) -> list[normalizers.Normalizer]:
-    steps: list[normalizers.Normalizer] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        # Where a space is put in front anyway, one that is there takes its place.
-        steps += [
-            normalizers.Strip(left=not spec.add_dummy_prefix, right=True),
-            normalizers.Replace(Regex(" {2,}"), " "),
-        ]
-    return steps

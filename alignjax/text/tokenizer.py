@@ -25,6 +25,12 @@ TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE = (
     "chat_template.jinja",
 )
 SENTENCEPIECE_FILE = "tokenizer.model"
+ALTERS_SPACES = (
+    "it puts a space in front of every text, or takes spaces from its ends (sentencepiece's "
+    "add_dummy_prefix and remove_extra_whitespaces, as with Llama 2), so that a prompt and its "
+    "completion, encoded one by one, are not the text that they make; use a tokenizer that does not"
+)
+"""Why such a tokenizer is refused."""
 
 
 class HFTokenizer:
@@ -45,12 +51,17 @@ class HFTokenizer:
           config: see `config` above.
           name: what to call it in errors: the file it came from.
         Raises:
-          UserError: if there is no EOS, or a special token is not in the vocabulary.
+          UserError: if there is no EOS, a special token is not in the vocabulary, or a text is not
+            encoded as its parts are.
         """
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._name = name or "tokenizer"
+        # A prompt, its completion and each turn of a chat are encoded one by one.
+        for a, b in (("x", "x"), ("x", " x"), ("x ", "x")):
+            if _spelled(tokenizer, a) + _spelled(tokenizer, b) != _spelled(tokenizer, a + b):
+                raise UserError(f"{self._name}: {ALTERS_SPACES}")
         self.config = config
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = self._special_id("bos_token")
@@ -112,16 +123,20 @@ class HFTokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as invalid:
             start = invalid.start
-            return f"{self._name}: position {start} of {text!r} is half a character (a surrogate)"
+            return (
+                f"{self._name}: position {start} of {_around(text, start)} is half a character "
+                "(a surrogate)"
+            )
         splitter = self._tokenizer.pre_tokenizer
         if isinstance(self._tokenizer.model, models.WordLevel) and splitter is not None:
             for piece, (start, _) in splitter.pre_tokenize_str(text):
                 if self._tokenizer.token_to_id(piece) is None:
+                    known = " ".join(map(repr, self._tokens()))
                     return (
                         f"{self._name}: unknown character {piece[0]!r} at position {start} of "
-                        f"{text!r}; the vocabulary has {' '.join(map(repr, self._tokens()))}"
+                        f"{_around(text, start)}; the vocabulary has {known}"
                     )
-        return f"{self._name}: {error}: {text!r}"
+        return f"{self._name}: {error}: {_around(text, 0)}"
 
     def _tokens(self) -> list[str]:
         vocab = self._tokenizer.get_vocab()
@@ -222,6 +237,23 @@ def tokenizer_config(bos: str | None, eos: str, pad: str | None, **more: Any) ->
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
     } | more
+
+
+def _spelled(tokenizer: tokenizers.Tokenizer, text: str) -> str:
+    """The text as the model of the tokenizer sees it, its spaces spelled in some way."""
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is not None:
+        text = "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    return text
+
+
+def _around(text: str, position: int, reach: int = 40) -> str:
+    """The text in quotes, or what stands around a position in it if it is long."""
+    if len(text) <= 2 * reach:
+        return repr(text)
+    start, end = max(0, position - reach), position + reach
+    return "..." * (start > 0) + repr(text[start:end]) + "..." * (end < len(text))
 
 
 def _load_json(folder: Path) -> HFTokenizer:

@@ -56,6 +56,7 @@ def test_all_text_without_a_field(records, tmp_path):
         (["--field", "topic"], "train.jsonl:1: no field 'topic'; there are question, answer, chat"),
         (["--field", "rank"], "train.jsonl:1: field 'rank' holds no text"),
         (["--vocab-size", "90000"], "vocab_size=90000"),
+        (["--vocab-size", "-5"], "vocab_size=-5; expected more than 260"),
     ],
 )
 def test_faults(records, tmp_path, capsys, words, message):
@@ -72,3 +73,12 @@ def test_faults(records, tmp_path, capsys, words, message):
     assert message in capsys.readouterr().err
     assert main(["tokenizer", "train", str(tmp_path / "no.jsonl"), *start[3:]]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_half_a_character(tmp_path, capsys):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"q": "a b c"}\n{"q": "ab\\ud800"}\n')
+    words = ["tokenizer", "train", str(path), "--vocab-size", "330", "--out", str(tmp_path / "v")]
+    assert main(words) == 2
+    said = "train.jsonl:2: field 'q': character 3 of the text is half a character (a surrogate)"
+    assert said in capsys.readouterr().err

@@ -182,6 +182,49 @@ def test_templates_are_sandboxed_and_their_errors_are_the_users(toy):
         ChatTemplate(toy, "\n{% for %}")
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ range(10**7) }}", "OverflowError: "),
+        ("{{ 'x'.index('y') }}", "ValueError: "),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: "),
+        ("{{ messages | tojson(default=lipsum) }}", ""),
+    ],
+)
+def test_whatever_a_template_does_is_the_templates_fault(toy, source, message):
+    with pytest.raises(UserError, match=rf"^chat template: {message}.*\(roles: user\)$"):
+        ChatTemplate(toy, source).render([{"role": "user", "content": {1, 2}}])
+
+
+def test_a_tool_call_without_content(toy):
+    talk = [TALK[1], {"role": "assistant", "content": None, "tool_calls": [{}]}]
+    text = ChatTemplate(toy).render(talk)
+    assert text == "<bos>User:\n2+2?\n\nAssistant:\n<eos>\n\n"
+
+
+def test_two_bos_in_a_conversation_to_train_on(toy):
+    template = ChatTemplate(toy, "{{ bos_token }}" + BOS_TEMPLATE)
+    with pytest.raises(UserError, match="two BOS"):
+        encode_chat(toy, template, TALK[1:3])
+
+
+def test_where_bos_is_eos_a_text_may_begin_with_two():
+    tokenizer = vocab_tokenizer(TOY, bos="<eos>")
+    twice = [tokenizer.eos_id] * 2
+    assert encode_prompt(tokenizer, "<eos><eos>1")[:2] == twice
+    template = ChatTemplate(tokenizer, "{{ bos_token }}{{ eos_token }}1")
+    assert encode_chat_prompt(tokenizer, template, TALK[1:2])[:2] == twice
+
+
+def test_variables_that_do_not_fit_the_messages_are_named(qwen3):
+    talk = [TALK[1], {"role": "assistant", "content": "<think>\nso\n</think>\n\n4"}]
+    template = ChatTemplate(qwen3)
+    encode_chat(qwen3, template, talk)
+    with pytest.raises(UserError, match=r"leave out template_variables \(enable_thinking\)"):
+        encode_chat(qwen3, template, talk, train_on="last", enable_thinking=False)
+
+
 def test_functions_that_templates_of_the_hub_call(toy):
     render = ChatTemplate(
         toy,

@@ -87,6 +87,11 @@ def test_digits_and_special_tokens_are_single(trained):
     assert tokenizer.decode(tokenizer.encode("<s>a</s>")) == "a"
 
 
+def test_the_sign_for_a_space_becomes_one(trained):
+    _, tokenizer, _ = trained
+    assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
+
+
 def test_training_again_gives_the_same_files(trained, tmp_path):
     folder, tokenizer, _ = trained
     kind = json.loads((folder / "tokenizer.json").read_text())["model"]["type"].lower()
@@ -112,22 +117,47 @@ def test_loaded_from_either_file_and_by_transformers(trained, tmp_path):
         assert theirs.decode(ids) == from_json.decode(ids, skip_special=False)
 
 
-def test_models_of_others_with_normalisation_and_a_space_in_front(tmp_path):
-    """The defaults of sentencepiece: nmt_nfkc, extra spaces removed, one put in front, no bytes."""
-    prefix = tmp_path / "tokenizer"
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_models_of_others_with_normalisation_and_no_bytes(tmp_path, model_type):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_prefix=str(prefix), vocab_size=80, minloglevel=2
+        sentence_iterator=iter(corpus()),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=80,
+        model_type=model_type,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
     )
-    library = sentencepiece.SentencePieceProcessor(str(prefix) + ".model")
+    library = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
     tokenizer = load_tokenizer(tmp_path)
     for text in [*corpus()[:50], "an  has", "  an has  ", "   ", "ａｂ", ""]:
         assert tokenizer.encode(text) == library.encode(text), text
-    assert tokenizer.decode(tokenizer.encode("an has")) == "an has"
+    assert tokenizer.decode(tokenizer.encode(" an  has")) == " an  has"
+
+
+@pytest.mark.parametrize("option", ["add_dummy_prefix", "remove_extra_whitespaces"])
+def test_models_that_alter_spaces_are_refused(tmp_path, option):
+    """The defaults of sentencepiece."""
+    options = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, option: True}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=80,
+        minloglevel=2,
+        **options,
+    )
+    with pytest.raises(
+        UserError, match=r"tokenizer\.model: it puts a space in front of every text"
+    ):
+        load_tokenizer(tmp_path)
 
 
 def test_errors_say_what_to_change(tmp_path):
     with pytest.raises(UserError, match="no text"):
         train_sentencepiece([], tmp_path, 300)
+    for size in (-5, 0, 262):
+        with pytest.raises(UserError, match=rf"vocab_size={size}; expected more than 262: "):
+            train_sentencepiece(["a b c"] * 9, tmp_path, size, special_tokens=SPECIAL)
     with pytest.raises(UserError, match=r"vocab_size=5000.*<= "):
         train_sentencepiece(["a b c"] * 9, tmp_path, 5000)
     (tmp_path / "tokenizer.model").write_bytes(b"no model")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from alignjax.core.errors import UserError
 from alignjax.core.types import Tokenizer
@@ -58,6 +58,66 @@ def test_decode_skips_special_tokens_but_never_the_tags_that_rewards_look_for():
 def test_vocab_unknown_character_is_named_with_its_position(text, character, position):
     with pytest.raises(UserError, match=f"'{character}' at position {position} of"):
         vocab_tokenizer(TOKENS).encode(text)
+
+
+def test_long_texts_are_shown_around_the_fault():
+    for text, shown in (
+        ("1" * 9000 + "x" + "2" * 9000, f"of ...'{'1' * 40}x{'2' * 39}'...; the "),
+        ("x" + "2" * 9000, f"position 0 of 'x{'2' * 39}'...; the "),
+        ("1" * 9000 + "x", f"position 9000 of ...'{'1' * 40}x'; the "),
+        ("1" * 9000 + "\ud800", f"position 9000 of ...'{'1' * 40}\\ud800' is half a"),
+    ):
+        with pytest.raises(UserError) as error:
+            vocab_tokenizer(["1", "2", "<bos>", "<eos>", "<pad>"]).encode(text)
+        assert shown in str(error.value) and len(str(error.value)) < 300
+
+
+def llama_2():
+    """How its tokenizer.json spells spaces."""
+    model = models.BPE({"<s>": 0, "</s>": 1, "\u2581": 2, "x": 3, "\u2581x": 4}, [("\u2581", "x")])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    return tokenizer
+
+
+def in_front(pre_tokenizer):
+    tokenizer = llama_2()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = None, pre_tokenizer
+    return tokenizer
+
+
+def stripped():
+    tokenizer = llama_2()
+    tokenizer.normalizer = normalizers.Strip()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        llama_2(),
+        in_front(pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+        in_front(pre_tokenizers.Metaspace(prepend_scheme="always")),
+        in_front(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        stripped(),
+    ],
+)
+def test_a_tokenizer_that_alters_spaces_is_refused(tmp_path, tokenizer):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(UserError, match=r"tokenizer\.json: it puts a space in front of every text"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_spells_spaces_otherwise_is_not(tmp_path):
+    for tokenizer in (
+        in_front(pre_tokenizers.Metaspace(prepend_scheme="never")),
+        in_front(pre_tokenizers.ByteLevel(add_prefix_space=False)),
+        in_front(None),
+    ):
+        assert HFTokenizer(tokenizer, {"eos_token": "</s>"}).encode("x")
 
 
 def test_text_that_is_not_unicode_is_a_user_error():
