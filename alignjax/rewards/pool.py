@@ -9,8 +9,6 @@ setsid; setsid alone, if the worker died first or this process was itself killed
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import json
 import math
 import os
@@ -20,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -33,6 +30,7 @@ import psutil
 from alignjax.core.errors import UserError
 from alignjax.core.types import Sample, Score
 from alignjax.rewards.combine import RewardConfig, combine
+from alignjax.rewards.plain import to_json
 
 STARTUP_S = 120.0
 """Limit on importing the reward functions."""
@@ -354,26 +352,10 @@ def _encode(index: int, sample: Sample) -> bytes:
     items = []
     for name, value in values.items():
         try:
-            items.append(f"{json.dumps(name)}: {json.dumps(value, default=_plain)}")
+            items.append(f"{json.dumps(name)}: {to_json(value)}")
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"field {name!r} cannot be given to it: {error}") from error
     return f"[{index}, {{{', '.join(items)}}}]".encode()
-
-
-def _plain(value: Any) -> Any:
-    """What a column of Parquet or NumPy may hold beyond JSON, as JSON; see `functions`."""
-    match value:
-        case datetime.date() | datetime.time():
-            return value.isoformat()
-        case decimal.Decimal() | uuid.UUID():
-            return str(value)
-        case bytes():
-            with suppress(UnicodeDecodeError):
-                return value.decode()
-            return None
-        case _ if hasattr(value, "tolist"):  # A NumPy array or scalar.
-            return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
 def _is_outcome(parts: Any, error: Any) -> bool:

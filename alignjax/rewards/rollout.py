@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from alignjax.core.types import (
     ScoreFn,
     Tokenizer,
 )
+from alignjax.rewards.plain import to_json
 
 if TYPE_CHECKING:
     from jax import Array
@@ -77,7 +79,7 @@ class Rollouts:
             {
                 "prompt": self.samples[i].prompt,
                 "completion": self.samples[i].completion,
-                "reference": self.samples[i].reference,
+                "reference": _as_json(self.samples[i].reference),
                 "reward": self.scores[i].value,
                 "parts": dict(self.scores[i].parts),
                 "num_tokens": self.samples[i].num_tokens,
@@ -132,3 +134,11 @@ def rollout(
             )
         )
     return Rollouts(tasks, out, samples, score(samples))
+
+
+def _as_json(value: Any) -> Any:
+    """A JSON value of it; what has none failed its sample, and is shown as Python writes it."""
+    try:
+        return json.loads(to_json(value))
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)[:80]

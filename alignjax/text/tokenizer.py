@@ -59,7 +59,7 @@ class HFTokenizer:
         self._tokenizer = tokenizer
         self._name = name or "tokenizer"
         # A prompt, its completion and each turn of a chat are encoded one by one.
-        for a, b in (("x", "x"), ("x", " x"), ("x ", "x")):
+        for a, b in (("x", " x"), ("x ", "x")):
             if _spelled(tokenizer, a) + _spelled(tokenizer, b) != _spelled(tokenizer, a + b):
                 raise UserError(f"{self._name}: {ALTERS_SPACES}")
         self.config = config

@@ -1,5 +1,8 @@
 """Prompts to scored completions, with a generator and a scorer that are plain functions."""
 
+import datetime
+import decimal
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -126,6 +129,28 @@ def test_records_say_all_of_a_sample(out):
             "error": None,
         },
     ]
+
+
+@pytest.mark.parametrize(
+    ("reference", "shown"),
+    [
+        (decimal.Decimal("1.50"), "1.50"),
+        (
+            {"when": datetime.date(2026, 11, 24), "n": np.arange(2)},
+            {"when": "2026-11-24", "n": [0, 1]},
+        ),
+        (b"\xff", None),
+        (1j, "1j"),
+    ],
+)
+def test_any_reference_can_be_written_down(generate, reference, shown):
+    tasks = [Task(task.tokens, reference) for task in TASKS]
+    sampling = Sampling(num_samples=2, max_tokens=4)
+    out = rollout(
+        generate, lambda samples: SCORES, LETTERS, None, tasks, None, sampling, prompt_len=2
+    )
+    (record,) = out.records([0])
+    assert json.loads(json.dumps(record))["reference"] == shown
 
 
 def test_a_prompt_wider_than_prompt_len_is_refused(generate):

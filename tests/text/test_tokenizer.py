@@ -88,9 +88,9 @@ def in_front(pre_tokenizer):
     return tokenizer
 
 
-def stripped():
+def stripped(**sides):
     tokenizer = llama_2()
-    tokenizer.normalizer = normalizers.Strip()
+    tokenizer.normalizer = normalizers.Strip(**sides)
     return tokenizer
 
 
@@ -101,7 +101,8 @@ def stripped():
         in_front(pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
         in_front(pre_tokenizers.Metaspace(prepend_scheme="always")),
         in_front(pre_tokenizers.ByteLevel(add_prefix_space=True)),
-        stripped(),
+        stripped(left=True, right=False),
+        stripped(left=False, right=True),
     ],
 )
 def test_a_tokenizer_that_alters_spaces_is_refused(tmp_path, tokenizer):
