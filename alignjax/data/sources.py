@@ -206,7 +206,10 @@ def _open_array_record(path: Path) -> Source:
 
 
 def _open_tfds(spec: str, name: str, split: str) -> Source:
-    tfds = _need("tensorflow_datasets", spec, "pip install tensorflow-datasets importlib_resources")
+    remedy = "pip install tensorflow-datasets importlib_resources"
+    tfds = _need("tensorflow_datasets", spec, remedy)
+    # Without TensorFlow its data sets of text are known by name only once this is imported.
+    _need("tensorflow_datasets.text", spec, remedy)
     try:
         rows = tfds.data_source(name, split=split, data_dir=os.environ.get("TFDS_DATA_DIR"))
     except Exception as error:  # Unknown name, unknown split, no network: dozens of types.

@@ -175,7 +175,9 @@ def write_report(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report.as_json(), indent=2) + "\n"
     (folder / "eval.json").write_text(text, encoding="utf-8")
-    with (folder / "eval_samples.jsonl").open("w", encoding="utf-8") as file:
+    samples = folder / "eval_samples.jsonl"
+    # Half of a surrogate pair is no UTF-8; escaped, it is JSON.
+    with samples.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for record in report.rollouts.records(range(len(report.rollouts.samples))):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

@@ -30,6 +30,8 @@ def token_log_ratio(logp: Array, other_logp: Array, mask: Array) -> Array:
 
 
 def capped_exp(x: Array) -> Array:
-    """exp(min(x, MAX_LOG)): beyond the cap the value is exp(MAX_LOG) and the gradient 0. A nan stays
-    one, so that whoever looks at the loss or its gradient sees it."""
+    """exp(min(x, MAX_LOG)): beyond the cap the value is exp(MAX_LOG) and the gradient 0.
+
+    A nan stays one, so that whoever looks at the loss or its gradient sees it.
+    """
     return jnp.exp(jnp.where(x > MAX_LOG, MAX_LOG, x))

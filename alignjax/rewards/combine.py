@@ -11,6 +11,8 @@ from pydantic import Field, JsonValue
 from alignjax.core.config import Config
 from alignjax.core.types import Score
 
+MAX_REWARD = 3e38
+"""Rewards are float32 from here on; what is above would be infinite there."""
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 
@@ -64,8 +66,9 @@ def combine(config: RewardConfig, parts: Mapping[str, Mapping[str, float]]) -> S
         for name, named in parts.items()
         for part, number in named.items()
     }
-    if not math.isfinite(value):
-        return Score(None, flat, f"the weighted sum of the rewards {flat} is {value}")
+    if not abs(value) <= MAX_REWARD:
+        why = f"the weighted sum of the rewards {flat} is {value}, which no float32 holds"
+        return Score(None, flat, why)
     return Score(value, flat)
 
 

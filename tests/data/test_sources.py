@@ -107,6 +107,16 @@ def test_array_record(tmp_path):
             open_source(str(path))
 
 
+def test_tfds_knows_data_sets_of_text_by_name(monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    def data_source(name, **_):
+        return [{"name": tfds.builder_cls(name).name}]
+
+    monkeypatch.setattr(tfds, "data_source", data_source)
+    assert read_all(open_source("tfds:gsm8k/train")) == [{"name": "gsm8k"}]
+
+
 def test_tfds_without_tensorflow(tmp_path, monkeypatch):
     tfds = pytest.importorskip("tensorflow_datasets")
 

@@ -28,6 +28,10 @@ def test_overflow_is_a_failure() -> None:
     config = RewardConfig(functions={"a": FunctionConfig(function="verify.exact", weight=1e200)})
     score = combine(config, {"a": {"": 1e200}})
     assert score.value is None and "is inf" in score.error
+    assert combine(config, {"a": {"": float("nan")}}).value is None
+    for value, is_valid in ((3e38, True), (1e39, False), (-1e39, False)):
+        config = RewardConfig(functions={"a": FunctionConfig(function="verify.exact")})
+        assert (combine(config, {"a": {"": value}}).value is not None) == is_valid
 
 
 @pytest.mark.parametrize(
