@@ -6,6 +6,7 @@ differs between Hugging Face's view of a decoder and ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -88,7 +89,6 @@ class Row:
 _FIXED = {
     "hidden_act": "silu",
     "attention_dropout": 0,
-    "rope_scaling": None,
     "partial_rotary_factor": 1,
     "quantization_config": None,
     "is_encoder_decoder": False,
@@ -127,6 +127,9 @@ FIELDS = {
 }
 """Ours -> theirs. The rope base has two spellings and is read apart."""
 
+# Its kind has two names; any other kind, or any other field, changes the angles.
+_DEFAULT_ROPE = (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1))
+
 INERT = {
     "_name_or_path", "architectures", "model_type", "transformers_version", "tokenizer_class",
     "dtype", "torch_dtype", "torchscript", "use_bfloat16", "use_cache", "auto_map", "prefix",
@@ -149,17 +152,9 @@ def from_hf(source: str, data: Mapping[str, Any]) -> ModelConfig:
       UserError: on anything missing, and on anything that would change the mathematics in a way
         that is not implemented here.
     """
-    architectures = data.get("architectures") or []
-    by_name = {row.architecture: family for family, row in FAMILIES.items()}
-    if len(architectures) != 1 or architectures[0] not in by_name:
-        raise UserError(
-            f"{source}: architectures={architectures!r} is not supported; expected one of "
-            + ", ".join(by_name)
-        )
-    family = by_name[architectures[0]]
-    row = FAMILIES[family]
+    family, row = _family(source, data)
     values: dict[str, Any] = {"family": family, "rope_theta": _rope_theta(source, data)}
-    known = {*INERT, *row.fixed, "rope_theta", "rope_parameters", "layer_types"}
+    known = {*INERT, *row.fixed, "rope_theta", "rope_parameters", "rope_scaling", "layer_types"}
     for ours, theirs in FIELDS.items():
         if ours == "mlp_bias" and "mlp_bias" in row.fixed:
             continue
@@ -171,10 +166,6 @@ def from_hf(source: str, data: Mapping[str, Any]) -> ModelConfig:
         elif row.optional[ours] is not None:
             values[ours] = row.optional[ours]
     for name, value in data.items():
-        if name == "rope_scaling" and (value or {}).keys() <= {"rope_type", "type"}:
-            value = None if set((value or {}).values()) <= {"default"} else value
-        if name == "layer_types" and set(value or []) - {"full_attention"}:
-            raise UserError(f"{source}: {name}={value!r} is not supported; only 'full_attention'")
         if name in row.fixed and value is not None and value != row.fixed[name]:
             raise UserError(
                 f"{source}: {name}={value!r} is not supported; only {row.fixed[name]!r} is"
@@ -185,37 +176,64 @@ def from_hf(source: str, data: Mapping[str, Any]) -> ModelConfig:
                 "change the mathematics; remove it if it does not"
             )
     try:
-        return ModelConfig(**values)
+        config = ModelConfig(**values)
     except ValidationError as error:
         problems = "; ".join(
             f"{FIELDS.get(str(e['loc'][0]), e['loc'][0]) if e['loc'] else 'model'}: {e['msg']}"
             for e in error.errors()
         )
         raise UserError(f"{source}: {problems}") from error
+    layer_types = data.get("layer_types")
+    if layer_types not in (None, ["full_attention"] * config.num_layers):
+        raise UserError(
+            f"{source}: layer_types={layer_types!r} is not supported; only 'full_attention', once "
+            f"for each of num_hidden_layers={config.num_layers}"
+        )
+    return config
+
+
+def _family(source: str, data: Mapping[str, Any]) -> tuple[Family, Row]:
+    architectures, model_type = data.get("architectures") or [], data.get("model_type")
+    for family, row in FAMILIES.items():
+        if architectures == [row.architecture]:
+            if model_type not in (None, family):
+                raise UserError(
+                    f"{source}: model_type={model_type!r} contradicts architectures="
+                    f"{architectures!r}, which is {family!r}"
+                )
+            return family, row
+    raise UserError(
+        f"{source}: architectures={architectures!r} is not supported; expected one of "
+        + ", ".join(row.architecture for row in FAMILIES.values())
+    )
 
 
 def _rope_theta(source: str, data: Mapping[str, Any]) -> float:
-    """Reads `rope_theta` (transformers 4) or `rope_parameters` (transformers 5)."""
-    parameters = data.get("rope_parameters") or {}
-    for name, value in parameters.items():
-        allowed = {"rope_type": "default", "partial_rotary_factor": 1, "rope_theta": value}
-        if name not in allowed or value != allowed[name]:
-            raise UserError(
-                f"{source}: rope_parameters.{name}={value!r} is not supported; only rope_type "
-                "'default' with a rope_theta is"
-            )
-    found = {
-        value
-        for value in (data.get("rope_theta"), parameters.get("rope_theta"))
-        if value is not None
-    }
-    if len(found) != 1:
+    """Reads `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+    bases = {"rope_theta": data.get("rope_theta")}
+    for field in ("rope_scaling", "rope_parameters"):
+        section = {} if data.get(field) is None else data[field]
+        if not isinstance(section, dict):
+            raise UserError(f"{source}: {field}={section!r}: expected an object")
+        for name, value in section.items():
+            if (field, name) == ("rope_parameters", "rope_theta"):
+                bases["rope_parameters.rope_theta"] = value
+            elif (name, value) not in _DEFAULT_ROPE:
+                raise UserError(
+                    f"{source}: {field}.{name}={value!r} is not supported; only rope_type "
+                    "'default' with a rope_theta is"
+                )
+    bases = {name: value for name, value in bases.items() if value is not None}
+    for name, value in bases.items():
+        if type(value) not in (int, float) or not 1 < value < math.inf:
+            raise UserError(f"{source}: {name}={value!r}: expected a number above 1")
+    if len(set(bases.values())) != 1:
         raise UserError(
             f"{source}: expected one base of the rotary embedding in rope_theta or "
-            f"rope_parameters.rope_theta, found {sorted(found) or 'none'}"
-            + ("" if found else "; transformers would assume 10000: add it if that is right")
+            f"rope_parameters.rope_theta, found {sorted(bases.values()) or 'none'}"
+            + ("" if bases else "; transformers would assume 10000: add it if that is right")
         )
-    return found.pop()
+    return float(next(iter(bases.values())))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -171,6 +171,7 @@ def _match(
             continue
         if name == "lm_head.weight" and model.config.tie_embeddings:
             embedding = tensors["model.embed_tokens.weight"]
+            tensors[name].check(name, entries[("embedding",)].shape)
             if np.array_equal(tensors[name].read(), embedding.read()):
                 continue
             raise UserError(
@@ -234,10 +235,14 @@ def _open(directory: Path) -> Iterator[dict[str, _Stored]]:
     else:
         weight_map = _read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) and file == os.path.basename(file) for file in weight_map.values()
+            isinstance(file, str)
+            and file == os.path.basename(file)
+            and file.endswith(".safetensors")
+            for file in weight_map.values()
         ):
             raise UserError(
-                f"{directory / INDEX}: expected a 'weight_map' from tensors to files beside it"
+                f"{directory / INDEX}: expected a 'weight_map' from tensors to .safetensors files "
+                "beside it"
             )
         files = sorted(set(weight_map.values()))
     tensors: dict[str, _Stored] = {}
@@ -267,6 +272,10 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: no such file; expected a Hugging Face model directory") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     if not isinstance(data, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(data).__name__}")
     return data

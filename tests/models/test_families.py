@@ -54,6 +54,11 @@ def test_new_spelling_of_the_rope_base():
     assert from_hf("config.json", data).rope_theta == 77.0
 
 
+@pytest.mark.parametrize("scaling", [{}, {"rope_type": "default"}, {"type": "default"}])
+def test_the_default_embedding_under_all_its_names(scaling):
+    assert from_hf("config.json", LLAMA | {"rope_scaling": scaling}).rope_theta == 500000.0
+
+
 def test_round_trip():
     for data in (LLAMA, QWEN3):
         config = from_hf("config.json", data)
@@ -65,12 +70,28 @@ def test_round_trip():
     [
         (LLAMA, {"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.*expected one of"),
         (LLAMA, {"architectures": None}, r"architectures=\[\]"),
-        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling=.*llama3"),
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling=.*linear"),
-        (LLAMA, {"rope_scaling": {"type": "yarn"}}, "rope_scaling=.*yarn"),
+        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "scaling.*='llama3'"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type='linear'"),
+        (LLAMA, {"rope_scaling": {"type": "yarn"}}, "rope_scaling.type='yarn'"),
         (LLAMA, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "rope_type='yarn'"),
         (LLAMA, {"rope_parameters": {"rope_theta": 5e5, "factor": 2.0}}, "rope_parameters.factor"),
         (LLAMA, {"rope_parameters": {"rope_theta": 1e4}}, r"10000.0, 500000.0"),
+        (LLAMA, {"rope_scaling": "llama3"}, "rope_scaling='llama3': expected an object"),
+        (LLAMA, {"rope_scaling": {"type": ["linear"]}}, r"rope_scaling.type=\['linear'\]"),
+        (LLAMA, {"rope_parameters": "yarn"}, "rope_parameters='yarn': expected an object"),
+        (LLAMA, {"rope_parameters": [1]}, r"rope_parameters=\[1\]: expected an object"),
+        (LLAMA, {"rope_theta": "10000"}, "rope_theta='10000': expected a number above 1"),
+        (LLAMA, {"rope_theta": float("nan")}, "rope_theta=nan: expected a number above 1"),
+        (LLAMA, {"rope_parameters": {"rope_theta": [1]}}, r"parameters.rope_theta=\[1\]: expected"),
+        (LLAMA, {"rope_parameters": {"rope_theta": "1"}}, "parameters.rope_theta='1': expected"),
+        (LLAMA, {"architectures": [["x"]]}, r"architectures=\[\['x'\]\] is not supported"),
+        (LLAMA, {"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM' is not"),
+        (LLAMA, {"model_type": "mistral"}, "model_type='mistral' contradicts.*LlamaForCausalLM"),
+        (QWEN3, {"model_type": "llama"}, "model_type='llama' contradicts.*Qwen3ForCausalLM"),
+        (QWEN3, {"layer_types": 5}, "layer_types=5 is not supported"),
+        (QWEN3, {"layer_types": "full_attention"}, "layer_types='full_attention' is not"),
+        (QWEN3, {"layer_types": [["x"]]}, r"layer_types=\[\['x'\]\] is not supported"),
+        (QWEN3, {"layer_types": ["full_attention"] * 27}, "layer_types.*num_hidden_layers=28"),
         (LLAMA, {"rope_theta": None}, "rope_theta.*found none.*10000"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; only 'silu'"),
         (LLAMA, {"pretraining_tp": 2}, "pretraining_tp=2"),
@@ -82,7 +103,7 @@ def test_round_trip():
         (LLAMA, {"hidden_size": "2048"}, "hidden_size: Input should be a valid integer"),
         (LLAMA, {"num_key_value_heads": 5}, "num_kv_heads=5 does not divide num_heads=32"),
         (QWEN3, {"use_sliding_window": True}, "use_sliding_window=True"),
-        (QWEN3, {"layer_types": ["sliding_attention"]}, "layer_types"),
+        (QWEN3, {"layer_types": ["sliding_attention"] * 28}, "layer_types"),
         (QWEN3, {"head_dim": None}, "'head_dim' is missing"),
         (QWEN3, {"mlp_bias": True}, "mlp_bias=True"),
     ],

@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -227,10 +228,11 @@ def test_sharded_checkpoint(saved, tmp_path):
     file.unlink()
     with pytest.raises(UserError, match=f"{file.name}: no such file"):
         load(tmp_path)
-    index["weight_map"][name] = "../elsewhere.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="files beside it"):
-        load(tmp_path)
+    for wrong in ("../elsewhere.safetensors", "..", "", "model.bin"):
+        index["weight_map"][name] = wrong
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match=r"index\.json: .* \.safetensors files beside it"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -296,6 +298,16 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
             r"'lm_head.weight' differs from the embedding",
         ),
         (
+            lambda t: t.update(
+                {"lm_head.weight": t["model.embed_tokens.weight"].astype(ml_dtypes.float8_e4m3fn)}
+            ),
+            r"'lm_head.weight' is F8_E4M3; expected one of",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"][:3]}),
+            r"'lm_head.weight' has shape \(3, 8\)",
+        ),
+        (
             lambda t: t.update({"model.layers.2.input_layernorm.weight": np.ones(8, np.float32)}),
             r"'model.layers.2.input_layernorm.weight' is not part",
         ),
@@ -329,6 +341,13 @@ def test_broken_files(directory):
         load(directory)
     (directory / "config.json").write_text('{"a": 1,\n "b" 2}')
     with pytest.raises(UserError, match=r"config\.json:2: not JSON"):
+        load(directory)
+    (directory / "config.json").write_bytes(b'{"prefix": "\xff"}')
+    with pytest.raises(UserError, match=r"config\.json: not UTF-8 text \(byte 12\)"):
+        load(directory)
+    (directory / "config.json").unlink()
+    (directory / "config.json").mkdir()
+    with pytest.raises(UserError, match=r"config\.json: cannot be read: Is a directory"):
         load(directory)
 
 
