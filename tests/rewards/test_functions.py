@@ -87,6 +87,8 @@ def test_options_come_from_the_config_only() -> None:
 def test_misspelt_option() -> None:
     with pytest.raises(UserError, match=r"'verify.exact' has no argument 'plcae'.*mean 'place'"):
         bind(verify.exact, {"plcae": "boxed"}, "verify.exact")
+    with pytest.raises(UserError, match=r"no argument 'patern'.*mean 'pattern'"):
+        bind(shape.matches, {"pattern": "a", "patern": "b"}, "format.matches")
 
 
 @pytest.mark.parametrize(
