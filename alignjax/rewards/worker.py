@@ -18,7 +18,7 @@ from typing import IO, Any
 
 
 def main() -> None:
-    _start_watchdog(int(sys.argv[1]))
+    _start_watchdog(int(sys.argv.pop()))
     owner = os.getpid()
     requests, outcomes = _claim_pipes()
     setup = json.loads(requests.readline())

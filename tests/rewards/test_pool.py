@@ -381,7 +381,7 @@ def test_children_of_a_hung_worker_are_killed_too(pool: RewardPool, tmp_path: Pa
 
 
 def test_children_in_sessions_of_their_own_are_killed_too(source: Path, tmp_path: Path) -> None:
-    with RewardPool(make_config(source)) as pool:
+    with RewardPool(make_config(source, timeout_s=1.0)) as pool:
         files = [tmp_path / "hung", tmp_path / "back"]
         acts = ("child elsewhere", "child left behind")
         samples = [Sample("q", act, str(f)) for act, f in zip(acts, files, strict=True)]
