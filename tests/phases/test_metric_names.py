@@ -66,7 +66,7 @@ def logged(tmp_path_factory):
         config = build(schema, tree)
         phase = phase_class(config, make_mesh(config.mesh))
         run_dir = root / config.phase
-        run_dir.mkdir()
+        run_dir.mkdir(exist_ok=True)  # rewards.log of grpo is in there already
         state = train(phase, config.loop, run_dir, seed=0, progress=Progress())
         phase.export(state, root / "model")
         names[config.phase] = {name for row in read_metrics(run_dir) for name in row}
