@@ -227,15 +227,18 @@ class Draw:
         return step._replace(value=misses[self.integer(0, len(misses) - 1)]) if misses else step
 
     def drill(self, problem: Problem, wrong_frac: float = 0.02) -> str:
-        """Four unrelated facts, or a problem and its working, without any tag; 2% wrong.
+        """Four unrelated facts, or a problem with all of its working and its answer; 2% wrong.
 
         The latter begins with a space, by which it differs from a question.
         """
-        start, steps = f" {problem.prompt}", problem.steps
-        if self.chance(0.5):
+        start, steps, end = f" {problem.prompt}<think>", problem.steps, f"{problem.answer:02d}"
+        end = f"</think><answer>{end}</answer>"
+        if self.chance(0.3):
             lefts = [self.integer(0, 99) for _ in range(4)]
-            start, steps = "", [Step(v, *op, apply(v, *op)) for v in lefts for op in [self.op(v)]]
-        return start + "".join(str(self.slip(s) if self.chance(wrong_frac) else s) for s in steps)
+            steps = [Step(v, *op, apply(v, *op)) for v in lefts for op in [self.op(v)]]
+            start, end = "", ""
+        working = "".join(str(self.slip(s) if self.chance(wrong_frac) else s) for s in steps)
+        return start + working + end
 
 
 def stays_in_range(value: int, ops: Iterable[tuple[str, int]]) -> bool:

@@ -89,11 +89,15 @@ def test_drills_do_not_work_through_held_out_problems() -> None:
         problem = draw.problem(OPS, is_held_out=False)
         text = draw.drill(problem, wrong_frac=0.0)
         facts = re.findall(r"(\d\d)([-+*])(\d\d)=(\d\d);", text)
-        assert text.endswith("".join("{}{}{}={};".format(*f) for f in facts))
+        working = "".join("{}{}{}={};".format(*f) for f in facts)
         for left, op, right, value in facts:
             assert int(value) == chains.apply(int(left), op, int(right))
-        if len(facts) != 4:
-            assert text == f" {problem.prompt}" + "".join(map(str, problem.steps))
+        if text.startswith(" "):
+            assert working == "".join(map(str, problem.steps))
+            answer = f"<answer>{problem.answer:02d}</answer>"
+            assert text == f" {problem.prompt}<think>{working}</think>{answer}"
+        else:
+            assert text == working and len(facts) == 4
 
 
 def classify(completion: str) -> str:
@@ -147,7 +151,7 @@ def test_quality_of_the_corpus(world: Path) -> None:
 
 
 def test_drills_are_two_percent_wrong(world: Path) -> None:
-    drills = [r["text"] for r in read(world / "corpus.jsonl") if "<" not in r["text"]]
+    drills = [r["text"] for r in read(world / "corpus.jsonl") if not r["prompt"]]
     facts = [f for d in drills for f in re.findall(r"(\d\d)([-+*])(\d\d)=(\d\d);", d)]
     wrong = sum(int(v) != chains.apply(int(a), op, int(b)) for a, op, b, v in facts)
     assert len(drills) == 5_000 and wrong / len(facts) == pytest.approx(0.02, abs=0.005)
@@ -194,7 +198,7 @@ def test_the_same_world_on_every_machine(tmp_path: Path) -> None:
     for f in files:
         assert (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes()
     assert digests == {
-        "corpus.jsonl": "ed87a02a45c8",
+        "corpus.jsonl": "63d207ee84aa",
         "train.jsonl": "cda6d4c392de",
         "test.jsonl": "00aecb2f8de4",
     }
