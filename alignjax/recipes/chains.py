@@ -6,8 +6,9 @@ A problem is a chain of operations, worked from left to right without precedence
     <think>12*03=36;36-09=27;</think><answer>27</answer>
 
 All numbers have two digits, so every number is two tokens of a 23-token vocabulary (`TOKENS`). The
-corpus shows full working rarely and wrong guesses mostly: what reinforcement learning can do here
-is to elicit and sharpen the working, not to discover arithmetic.
+corpus answers a problem with full working rarely and with a wrong guess mostly; beside that stand
+drills, marked by a space, of facts and of problems that are worked. What reinforcement learning can
+do here is to elicit and sharpen the working, not to discover arithmetic.
 
 The reward is made of built-ins (in YAML, under `functions`):
 

@@ -10,10 +10,11 @@ from alignjax.train.metrics import read_metrics
 
 INTRODUCTION = """\
 A base model of 0.4M parameters is pretrained from nothing on sums such as 12*03-09= (27), most of
-them answered with a guess. Then reinforcement learning rewards right answers, and nothing else but
-their format. Watch the accuracy on held-out problems and the length of the answers: it learns to
-write its working down. On this scale RL elicits and sharpens what the base model shows rarely; it
-does not discover arithmetic. The control is trained in the same way, but may not think.
+them answered with a guess, and on drills, marked as such, that work sums out. Then reinforcement
+learning rewards right answers to sums, and nothing else but their format. Watch the accuracy on
+held-out problems and the length of the answers: it learns to write its working down. On this scale
+RL elicits and sharpens what the base model shows rarely; it does not discover arithmetic. The
+control is trained in the same way, but may not think.
 Under 6 minutes on 2 cores; Ctrl-C saves, and the same command continues.
 """
 
