@@ -27,7 +27,8 @@ def group_zscore(rewards: Array, is_valid: Array, *, ddof: int = 1, eps: float =
     if ddof not in (0, 1) or eps <= 0:
         raise ValueError(f"ddof={ddof}, eps={eps}: expected ddof 0 or 1 and eps > 0")
     centered = group_center(rewards, is_valid)
-    std = masked.std(jax.lax.stop_gradient(rewards), is_valid, 1, ddof=ddof, keepdims=True)
+    (rewards,) = masked.clean(is_valid, jax.lax.stop_gradient(rewards), rank=2)
+    std = masked.std(rewards, is_valid, 1, ddof=ddof, keepdims=True)
     return centered / (std + eps)
 
 
@@ -44,12 +45,9 @@ def group_center(rewards: Array, is_valid: Array) -> Array:
       ValueError: if G is 1.
     Source: arXiv:2503.20783 sec. 3.2 (Dr. GRPO).
     """
-    chex.assert_rank([rewards, is_valid], 2)
-    chex.assert_equal_shape([rewards, is_valid])
-    chex.assert_type([rewards, is_valid], [jnp.float32, bool])
+    (rewards,) = masked.clean(is_valid, jax.lax.stop_gradient(rewards), rank=2)
     if rewards.shape[1] == 1:
         raise ValueError("group_size=1 gives no baseline; use at least 2")
-    rewards = jax.lax.stop_gradient(rewards)
     mean = masked.mean(rewards, is_valid, 1, keepdims=True)
     # Compared, not computed: the rounding of the mean must not make an advantage of equal rewards.
     highest = masked.max(rewards, is_valid, 1, keepdims=True)

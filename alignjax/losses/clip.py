@@ -2,15 +2,15 @@
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from alignjax.core import masked
 from alignjax.losses.ratio import capped_exp, token_log_ratio
 
 
-class ClippedLoss(NamedTuple):
+class Surrogate(NamedTuple):
     """A surrogate loss and where the clip took the gradient away, for metrics."""
 
     loss: Array
@@ -34,7 +34,7 @@ def ppo_clip(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-) -> ClippedLoss:
+) -> Surrogate:
     """Per-token loss -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(logp - old_logp).
 
     Args:
@@ -44,25 +44,22 @@ def ppo_clip(
       mask: [B, T] bool; True on completion tokens. Elsewhere inputs may be anything, even inf.
       clip_low, clip_high: dimensionless; trust-region width below and above r = 1.
     Returns:
-      ClippedLoss: loss [B, T] float32, is_low and is_high [B, T] bool; is_clipped is their union.
+      Surrogate: loss [B, T] float32, is_low and is_high [B, T] bool; is_clipped is their union.
     Raises:
       AssertionError: at trace time, on a rank, shape or dtype other than the above.
       ValueError: unless 0 <= clip_low < 1 and clip_high >= 0.
     Source: arXiv:1707.06347 eq. 7; clip_high > clip_low: arXiv:2503.14476 sec. 3.1. We differ in
     one point: r stops at exp(20), so that no float overflows.
     """
-    chex.assert_rank(advantage, 2)
-    chex.assert_equal_shape([logp, advantage])
-    chex.assert_type(advantage, jnp.float32)
+    (adv,) = masked.clean(mask, jax.lax.stop_gradient(advantage), rank=2)
     if not (0 <= clip_low < 1 and clip_high >= 0):
         raise ValueError(
             f"clip_low={clip_low}, clip_high={clip_high}: expected 0 <= clip_low < 1 and "
             "clip_high >= 0"
         )
     ratio = capped_exp(token_log_ratio(logp, old_logp, mask))
-    adv = jnp.where(mask, jax.lax.stop_gradient(advantage), 0.0)
     is_low = (ratio < 1 - clip_low) & (adv < 0)
     is_high = (ratio > 1 + clip_high) & (adv > 0)
     # The minimum, case by case: unlike jnp.minimum, this does not halve the gradient at a tie.
     kept = jnp.where(is_low, 1 - clip_low, jnp.where(is_high, 1 + clip_high, ratio))
-    return ClippedLoss(-kept * adv, is_low, is_high)
+    return Surrogate(-kept * adv, is_low, is_high)

@@ -4,13 +4,12 @@ A sequence is a segment: the tokens of one row with one segment id. So the resul
 whether sequences share rows or have one each.
 """
 
-import chex
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from alignjax.core import masked
 from alignjax.core.types import Weighted
+from alignjax.losses import segments
 
 
 def token_mean(loss: Array, mask: Array) -> Weighted:
@@ -27,7 +26,7 @@ def token_mean(loss: Array, mask: Array) -> Weighted:
       AssertionError: at trace time, on a rank, shape or dtype other than the above.
     Source: arXiv:2503.14476 sec. 3.3 (DAPO), where the division is over the global batch.
     """
-    _check(loss, mask)
+    (loss,) = masked.clean(mask, loss, rank=2)
     return Weighted(masked.sum(loss, mask), jnp.sum(mask, dtype=jnp.float32))
 
 
@@ -44,12 +43,9 @@ def sequence_mean(loss: Array, mask: Array, segment_ids: Array) -> Weighted:
       AssertionError: at trace time, on a rank, shape or dtype other than the above.
     Source: arXiv:2402.03300 eq. 3 (GRPO).
     """
-    _check(loss, mask, segment_ids)
-    segment_ids = jnp.where(mask, segment_ids, 0)  # beyond the row's length one would read nan
-    counts = _token_counts(mask, segment_ids)
-    lengths = jnp.take_along_axis(counts, segment_ids, axis=1)
-    means = jnp.where(mask, loss, 0.0) / jnp.maximum(lengths, 1.0)
-    return Weighted(jnp.sum(means), jnp.sum(counts > 0, dtype=jnp.float32))
+    (loss,) = masked.clean(mask, loss, rank=2)
+    means = loss / segments.length(mask, segment_ids)
+    return Weighted(jnp.sum(means), segments.count(mask, segment_ids))
 
 
 def fixed_length(loss: Array, mask: Array, segment_ids: Array, *, max_len: int) -> Weighted:
@@ -67,24 +63,7 @@ def fixed_length(loss: Array, mask: Array, segment_ids: Array, *, max_len: int) 
       ValueError: if max_len < 1.
     Source: arXiv:2503.20783 sec. 3.2 (Dr. GRPO).
     """
-    _check(loss, mask, segment_ids)
     if max_len < 1:
         raise ValueError(f"max_len={max_len}: expected the limit on completion tokens, at least 1")
-    num_sequences = jnp.sum(_token_counts(mask, segment_ids) > 0, dtype=jnp.float32)
-    return Weighted(masked.sum(loss, mask), num_sequences * max_len)
-
-
-def _token_counts(mask: Array, segment_ids: Array) -> Array:
-    """[B, T + 1] float32; number of masked tokens of each segment. Row by row: rows are sharded."""
-
-    def row(on: Array, ids: Array) -> Array:
-        return jax.ops.segment_sum(on, ids, num_segments=ids.size + 1)
-
-    return jax.vmap(row)(mask.astype(jnp.float32), segment_ids)
-
-
-def _check(loss: Array, mask: Array, *segment_ids: Array) -> None:
-    chex.assert_rank([loss, mask, *segment_ids], 2)
-    chex.assert_equal_shape([loss, mask, *segment_ids])
-    chex.assert_type([loss, mask], [jnp.float32, bool])
-    chex.assert_type([*segment_ids], jnp.int32)
+    (loss,) = masked.clean(mask, loss, rank=2)
+    return Weighted(masked.sum(loss, mask), segments.count(mask, segment_ids) * max_len)

@@ -103,4 +103,4 @@ def test_errors():
     with pytest.raises(AssertionError):
         losses.ppo_clip(x, x, x, jnp.ones((1, 2)))
     with pytest.raises(AssertionError):
-        losses.ppo_clip(x, x, x.astype(jnp.bfloat16), on)
+        losses.ppo_clip(x, x, x.astype(jnp.int32), on)
