@@ -6,6 +6,28 @@ import numpy as np
 import pytest
 
 from alignjax import losses
+from tests.losses.case import Case, oracle_tests
+
+
+def oracle(term):
+    """Entry by entry; the reference is a constant."""
+
+    def terms(logp, ref_logp, mask):
+        out = np.zeros(mask.shape)
+        for i in zip(*np.nonzero(mask), strict=True):
+            out[i] = term(logp[i] - ref_logp[i])
+        return out
+
+    return terms
+
+
+TestOracles = oracle_tests(
+    [
+        Case(losses.k1, oracle(lambda d: d)),
+        Case(losses.k2, oracle(lambda d: d**2 / 2)),
+        Case(losses.k3, oracle(lambda d: np.exp(-d) - 1 + d)),
+    ]
+)
 
 LOGITS = np.array([0.3, -1.2, 0.9, 0.1])
 P = np.exp(LOGITS) / np.exp(LOGITS).sum()
