@@ -1,4 +1,14 @@
-"""What every loss owes: the same gradient however the same sequences are laid out and split."""
+"""What every function of `alignjax.losses` owes: found by signature, so that a new one is tested.
+
+Padding garbage reaches neither value nor gradient; padding side, packing, batch order,
+micro-batches and devices change nothing; extremes stay finite; nothing masked gives zeros;
+bfloat16 is computed with in float32; no gradient flows where none should.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,137 +18,356 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alignjax import losses
+from alignjax.core.types import Weighted
+from tests.losses import arguments
+from tests.losses.arguments import Argument
 
-D, V = 5, 11
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fixed_length": {"max_len": 16},
+}
+"""Hyperparameters that have no default."""
+
+NOT_OF_ARRAYS: dict[str, str] = {
+    "overlong_penalty": "of each length by itself; nothing is masked",
+}
+"""Functions without a mask, and why none of this applies to them."""
+
+WHOLE_BATCH: dict[str, str] = {}
+"""Functions whose definition is over the whole batch: a split must change them."""
+
+BY_PLACE: dict[str, str] = {}
+"""Functions whose result depends on where in the batch a token stands."""
+
+D, V, K = 5, 11, 3
+VOCABULARY = {
+    "hidden": Argument("BTD", -2.0, 2.0, True),
+    "unembedding": Argument("DV", -1.0, 1.0, True),
+    "tokens": Argument("BT", 0, V - 1, kind="int"),
+    "teacher_hidden": Argument("BTD", -2.0, 2.0),
+    "teacher_unembedding": Argument("DV", -1.0, 1.0),
+    "teacher_ids": Argument("BTK", 0, V - 1, kind="int"),
+    "teacher_logps": Argument("BTK", -4.0, -2.0),
+}
+"""Arguments of functions of `hidden`. Hidden states are those that predict the next token."""
+
 LENGTHS = (9, 4, 7, 2, 12, 3, 5, 8)
-FIELDS = {"tokens": 0, "mask": False, "old": np.nan, "ref": np.inf, "adv": np.nan}
+PLAIN = [[i] for i in range(8)]
+PACKED = [[0, 1], [4], [2, 3, 5], [7, 6]]
+SEGMENTS = 3
+"""At most so many sequences in a row."""
+
+FUNCTIONS = {
+    name: function
+    for name in losses.__all__
+    if inspect.isfunction(function := getattr(losses, name)) and name not in NOT_OF_ARRAYS
+}
+TOKENS = [name for name, f in FUNCTIONS.items() if "mask" in arguments.names(f)]
+EXAMPLES = [name for name in FUNCTIONS if name not in TOKENS]
 
 
-def sequences():
-    """Each a dict of arrays over time; the first half of each is a prompt."""
-    rng = np.random.default_rng(4)
-    made = []
-    for length in LENGTHS:
-        hidden = rng.normal(size=(length, D)).astype(np.float32)
-        made.append(
-            {
-                "hidden": hidden,
-                "tokens": rng.integers(0, V, length).astype(np.int32),
-                "mask": np.arange(length) >= (length + 1) // 2,
-                "old": -rng.exponential(2.0, length).astype(np.float32),
-                "ref": -rng.exponential(2.0, length).astype(np.float32),
-                "adv": np.full(length, rng.normal(), np.float32),
-            }
+def test_every_function_is_of_a_kind():
+    for name in EXAMPLES:
+        assert {"is_valid", "pairs"} & set(arguments.names(FUNCTIONS[name])), (
+            f"{name} has neither mask, is_valid nor pairs: say why in NOT_OF_ARRAYS"
         )
-    return made
+    listed = {*OPTIONS, *NOT_OF_ARRAYS, *WHOLE_BATCH, *BY_PLACE}
+    assert listed <= set(losses.__all__), "a function listed here does not exist"
 
 
-def rows(layout, time, left=False):
-    """Lays sequences out, layout [[i, j], [k], ...] by row; padding is dirt."""
-    made, shape = sequences(), (len(layout), time)
-    out = {name: np.full(shape, dirt, made[0][name].dtype) for name, dirt in FIELDS.items()}
-    out["hidden"] = np.full((*shape, D), np.nan, np.float32)
-    out["segments"] = np.zeros(shape, np.int32)
+def called(name: str) -> Callable[..., Any]:
+    return functools.partial(FUNCTIONS[name], **OPTIONS.get(name, {}))
+
+
+def what(name: str, argument: str) -> Argument:
+    if "hidden" in arguments.names(FUNCTIONS[name]) and argument in VOCABULARY:
+        return VOCABULARY[argument]
+    return arguments.argument(FUNCTIONS[name], argument)
+
+
+# --- token rows -----------------------------------------------------------------------------------
+
+
+def entries(rng: np.random.Generator, of: Argument, shape: tuple[int, ...]) -> np.ndarray:
+    if of.kind == "bool":
+        return rng.random(shape) < 0.5
+    if of.kind == "int" and of.axes == "BTK":  # a list names each entry once
+        rows = [rng.permutation(V)[:K] for _ in range(shape[0])]
+        return np.array(rows, np.int32).reshape(shape)
+    if of.kind == "int":
+        return rng.integers(int(of.low), int(of.high) + 1, shape, np.int32)
+    return rng.uniform(of.low, of.high, shape).astype(np.float32)
+
+
+def rows(name: str, layout=PLAIN, time: int = 12, left: bool = False) -> dict[str, np.ndarray]:
+    """Sequences laid out, layout [[i, j], [k], ...] by row; the first half of each is a prompt.
+
+    Arguments off the mask are dirt.
+    """
+    rng, wanted = np.random.default_rng(4), arguments.names(FUNCTIONS[name])
+    sizes = {"D": D, "V": V, "K": K}
+    shape = (len(layout), time)
+    mask, ids = np.zeros(shape, bool), np.zeros(shape, np.int32)
+    places = starts(layout, time, left)
+    for i, (row, at) in places.items():
+        mask[row, at + (LENGTHS[i] + 1) // 2 : at + LENGTHS[i]] = True
+        ids[row, at : at + LENGTHS[i]] = layout[row].index(i) + 1
+    out = {}
+    for argument in wanted:
+        if argument in ("mask", "segment_ids"):
+            out[argument] = mask if argument == "mask" else ids
+            continue
+        of = what(name, argument)
+        if not of.axes.startswith("BT"):
+            out[argument] = entries(rng, of, tuple(sizes[axis] for axis in of.axes))
+            continue
+        trailing = tuple(sizes[axis] for axis in of.axes[2:])
+        drawn = [entries(rng, of, (length, *trailing)) for length in LENGTHS]
+        dirt = {"float": np.nan, "int": -7, "bool": True}[of.kind]
+        x = np.full((*shape, *trailing), dirt, drawn[0].dtype)
+        for i, (row, at) in places.items():
+            x[row, at : at + LENGTHS[i]] = drawn[i]
+        # A hidden state predicts the token after it, so it is read one step before the mask.
+        read = np.roll(mask, -1, 1) if argument.endswith("hidden") else mask
+        x[~read] = dirt
+        out[argument] = x
+    return out
+
+
+def starts(layout, time: int, left: bool) -> dict[int, tuple[int, int]]:
+    """Sequence -> its row, and the time at which it begins."""
+    out = {}
     for row, members in enumerate(layout):
         at = time - sum(LENGTHS[i] for i in members) if left else 0
-        for segment, i in enumerate(members, 1):
-            where = slice(at, at + LENGTHS[i])
-            for name, x in made[i].items():
-                out[name][row, where] = x
-            out["segments"][row, where] = segment
+        for i in members:
+            out[i] = row, at
             at += LENGTHS[i]
     return out
 
 
-PLAIN = [[i] for i in range(8)]
-PACKED = [[0, 1], [4], [2, 3, 5], [7, 6]]
+def by_sequence(out: Any, layout, time: int, left: bool = False) -> list[np.ndarray]:
+    """Results of any layout -> the same arrays in the order of the sequences."""
+    found = []
+    for x in jax.tree.leaves(out):
+        x = np.asarray(x)
+        places = sorted(starts(layout, time, left).items())
+        if x.ndim < 2:
+            found.append(x)
+        elif x.shape[:2] == (len(layout), time):
+            found += [x[row, at : at + LENGTHS[i]] for i, (row, at) in places]
+        else:  # one entry for each sequence of a row
+            assert x.shape[:2] == (len(layout), SEGMENTS)
+            found += [x[row, layout[row].index(i)] for i, (row, _) in places]
+    return found
 
 
-def reduced(loss, batch):
-    """All reductions at once, in unequal parts so that no error cancels another."""
-    mask, segments = batch["mask"], batch["segments"]
-    sums = {
-        "token_mean": losses.token_mean(loss, mask),
-        "sequence_mean": losses.sequence_mean(loss, mask, segments),
-        "fixed_length": losses.fixed_length(loss, mask, segments, max_len=16),
-    }
-    total = sum(k * sums[name].total for k, name in zip((0.2, 1.0, 0.1), sums, strict=True))
-    return total, sums
-
-
-def rl_loss(unembedding, batch):
-    """Clip, KL and entropy on chunked log-probs: all that a GRPO step asks of this package."""
-    mask = batch["mask"]
-    out = losses.next_token_logps(
-        batch["hidden"], unembedding, batch["tokens"], mask, chunk_size=3, with_entropy=True
-    )
-    clipped = losses.ppo_clip(out.logps, batch["old"], batch["adv"], mask)
-    loss = clipped.loss + 0.1 * losses.k3(out.logps, batch["ref"], mask) - 0.01 * out.entropies
-    return reduced(loss, batch)
-
-
-def lm_loss(unembedding, batch):
-    mask = batch["mask"]
-    out = losses.next_token_logps(batch["hidden"], unembedding, batch["tokens"], mask)
-    return reduced(losses.cross_entropy(out.logps, mask), batch)
-
-
-@pytest.fixture(scope="module")
-def unembedding():
-    return jnp.asarray(np.random.default_rng(5).normal(size=(D, V)), jnp.float32)
-
-
-def gradient(loss):
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
-
-
-def same(a, b):
+def same(a: Any, b: Any, rtol: float = 1e-5) -> None:
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert np.isfinite(x).all()
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+        assert np.isfinite(np.float64(x)).all()
+        np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("loss", [rl_loss, lm_loss])
-def test_layout_does_not_matter(loss, unembedding):
-    grad = gradient(loss)
-    plain = grad(unembedding, rows(PLAIN, 12))
-    assert plain[0][0] != 0 and np.abs(plain[1]).max() > 0.1
-    same(grad(unembedding, rows(PLAIN, 19)), plain)
-    same(grad(unembedding, rows(PLAIN, 19, left=True)), plain)
-    same(grad(unembedding, rows(PACKED, 15)), plain)
-    same(grad(unembedding, rows([*PACKED, []], 21, left=True)), plain)
+@pytest.mark.parametrize("name", [n for n in TOKENS if n not in BY_PLACE])
+def test_layout_does_not_matter(name):
+    function = jax.jit(called(name))
+    plain = by_sequence(function(**rows(name)), PLAIN, 12)
+    assert any(np.any(x) for x in plain), "all zeros would be equal whatever the layout"
+    layouts = [(PLAIN, 19, False), (PLAIN, 19, True), (PACKED, 15, False)]
+    for layout, time, left in [*layouts, ([*PACKED, []], 21, True)]:
+        out = function(**rows(name, layout, time, left))
+        same(by_sequence(out, layout, time, left), plain)
 
 
-def test_micro_batches_add_up(unembedding):
-    grad = gradient(rl_loss)
-    whole = grad(unembedding, rows(PLAIN, 12))
-    parts = [grad(unembedding, rows(PLAIN[i : i + 2], 12)) for i in range(0, 8, 2)]
-    same(jax.tree.map(lambda *x: sum(x), *parts), whole)
+# --- all kinds: a batch is a dict of arrays ------------------------------------------------------
 
 
-def test_devices_do_not_matter(unembedding):
+def batch(name: str, dirty: bool = True) -> dict[str, Any]:
+    """A batch of 8: token rows, examples, groups or pairs; `pairs` is a dict of arrays."""
+    if name in TOKENS:
+        return rows(name)
+    function, sizes = FUNCTIONS[name], {**arguments.SIZES, "N": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arguments, "SIZES", sizes)
+        args = arguments.sampled(function, 5)
+        if dirty:
+            args = arguments.dirtied(function, args, 5)
+    return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, args)
+
+
+def has_batch_axis(name: str, argument: str) -> bool:
+    return argument in ("mask", "segment_ids", "is_valid", "pairs") or what(
+        name, argument
+    ).axes.startswith(("B", "N"))
+
+
+def of_rows(name: str, args: dict[str, Any], change: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+    """`change` on everything that has a batch axis."""
+    return {k: jax.tree.map(change, x) if has_batch_axis(name, k) else x for k, x in args.items()}
+
+
+def apply(name: str) -> Callable[[dict[str, Any]], Any]:
+    """The function of a batch."""
+
+    def run(args: dict[str, Any]) -> Any:
+        if "pairs" in args:
+            args = {**args, "pairs": losses.Pairs(**args["pairs"])}
+        return called(name)(**args)
+
+    return run
+
+
+def floats(args: Any) -> Any:
+    """The float arrays of a batch; None stands for others."""
+    return jax.tree.map(lambda x: x if np.issubdtype(x.dtype, np.floating) else None, args)
+
+
+def gradient(name: str) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+    """Batch -> (results, gradients of their sum by each float array)."""
+
+    def run(args: dict[str, Any]) -> tuple[Any, Any]:
+        def total(given: Any) -> tuple[Any, Any]:
+            is_none = lambda x: x is None  # noqa: E731
+            filled = jax.tree.map(
+                lambda new, old: old if new is None else new, given, args, is_leaf=is_none
+            )
+            out = apply(name)(filled)
+            kept = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
+            # In unequal parts, so that no error of one entry cancels that of another.
+            weights = [jnp.cos(1.0 + jnp.arange(x.size)).reshape(x.shape) for x in kept]
+            return sum((w * x).sum() for w, x in zip(weights, kept, strict=True)), out
+
+        (_, out), grads = jax.value_and_grad(total, has_aux=True)(floats(args))
+        return out, grads
+
+    return jax.jit(run)
+
+
+ALL = [*TOKENS, *EXAMPLES]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_garbage_off_mask_reaches_neither_value_nor_gradient(name):
+    args = batch(name)
+    run = gradient(name)
+    out, grads = run(args)
+    rng = np.random.default_rng(8)
+
+    def cleaned(x: np.ndarray, other: np.ndarray) -> np.ndarray:
+        if not np.issubdtype(x.dtype, np.floating):
+            return x
+        return np.where(np.isfinite(x) & (np.abs(x) < 1e6), x, other).astype(x.dtype)
+
+    clean = jax.tree.map(lambda x: cleaned(x, rng.normal(size=x.shape)), args)
+    same((out, grads), run(clean))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradient_flows_only_where_it_should(name):
+    args = batch(name)
+    _, grads = gradient(name)(args)
+    flows = False
+    for argument, grad in grads.items():
+        if argument == "pairs":
+            named = {k: (g, arguments.PAIRS[k]) for k, g in grad.items() if g is not None}
+        else:
+            named = {} if grad is None else {argument: (grad, what(name, argument))}
+        for field, (g, of) in named.items():
+            assert of.carries_gradient or not np.any(g), f"gradient by {field}"
+            flows = flows or bool(np.any(g))
+    out = jax.tree.leaves(apply(name)(args))
+    if name in NO_GRADIENT:
+        assert not flows
+    else:
+        assert flows or not any(jnp.issubdtype(x.dtype, jnp.floating) for x in out)
+
+
+NO_GRADIENT: set[str] = {"group_center", "group_zscore"}
+"""Functions that stop every gradient, although what they return are floats."""
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_micro_batches_do_not_matter(name):
+    run = jax.jit(apply(name))
+    args = batch(name)
+    whole = run(args)
+    parts = [run(of_rows(name, args, lambda x: x[i : i + 2])) for i in range(0, 8, 2)]  # noqa: B023
+    if isinstance(whole, Weighted):
+        split = jax.tree.map(lambda *x: sum(x), *parts)
+    else:
+        split = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    if name in WHOLE_BATCH:
+        with pytest.raises(AssertionError):
+            same(split, whole)
+    else:
+        same(split, whole)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n not in BY_PLACE])
+def test_batch_order_does_not_matter(name):
+    run = jax.jit(apply(name))
+    args = batch(name)
+    order = np.random.default_rng(6).permutation(8)
+    whole, moved = run(args), run(of_rows(name, args, lambda x: x[order]))
+    same(moved, jax.tree.map(lambda x: x[order] if x.ndim else x, whole))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_devices_do_not_matter(name):
     devices = jax.devices()[:8]
     assert len(devices) == 8
     mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,), devices=devices)
-    grad = gradient(rl_loss)
-    batch = rows(PLAIN, 12)
-    spread = jax.device_put(batch, NamedSharding(mesh, P("data")))
-    replicated = jax.device_put(unembedding, NamedSharding(mesh, P()))
-    compiled = grad.lower(replicated, spread).compile()
-    same(compiled(replicated, spread), grad(unembedding, batch))
-    assert "all-gather" not in compiled.as_text()
+    args = batch(name)
+    place = lambda spec: lambda x: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+    spread = of_rows(name, args, place(P("data")))
+    spread = {k: x if has_batch_axis(name, k) else place(P())(x) for k, x in spread.items()}
+    run = gradient(name)
+    same(run(spread), run(args))
 
 
-def test_gradients_only_where_they_should_be(unembedding):
-    batch = rows(PLAIN, 12)
-    floats = {name: batch[name] for name in ("hidden", "old", "ref", "adv")}
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("low", [0.0, -1e4])
+def test_finite_at_extreme_log_probs(name, low):
+    """Every log-prob at 0 or at -1e4, those of policy and reference apart; other floats by 1e4."""
+    args = batch(name)
+    rng = np.random.default_rng(11)
 
-    def loss(floats):
-        return rl_loss(unembedding, {**batch, **floats})[0]
+    def extreme(argument: str, x: np.ndarray) -> np.ndarray:
+        if not np.issubdtype(x.dtype, np.floating):
+            return x
+        if "logp" in argument or argument in ("chosen", "rejected", "ref_chosen", "ref_rejected"):
+            return rng.choice(np.array([0.0, low], np.float32), x.shape)
+        return x * np.float32(1e4) if "hidden" in argument else x
 
-    grads = jax.jit(jax.grad(loss))(floats)
-    for name in ("old", "ref", "adv"):
-        assert (grads[name] == 0).all()
-    predicts = np.roll(batch["mask"], -1, axis=1)
-    assert (np.asarray(grads["hidden"])[~predicts] == 0).all()
-    assert (np.asarray(grads["hidden"])[predicts] != 0).any(-1).all()
+    for _ in range(2):
+        changed = {
+            k: {f: extreme(f, y) for f, y in x.items()} if k == "pairs" else extreme(k, x)
+            for k, x in args.items()
+        }
+        for x in jax.tree.leaves(gradient(name)(changed)):
+            assert np.isfinite(np.float32(x)).all()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_that_counts_gives_zeros(name):
+    args = batch(name)
+    off = lambda x: np.zeros_like(x)  # noqa: E731
+    for key in ("mask", "is_valid"):
+        if key in args:
+            args[key] = off(args[key])
+    if "pairs" in args:
+        args["pairs"] = {**args["pairs"], "is_valid": off(args["pairs"]["is_valid"])}
+    for x in jax.tree.leaves(gradient(name)(args)):
+        assert not np.any(np.asarray(x))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bfloat16_is_computed_with_in_float32(name):
+    args = batch(name)
+    half = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.bfloat16) if np.issubdtype(x.dtype, np.floating) else x, args
+    )
+    full = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, half)
+    run = jax.jit(apply(name))
+    out, expected = run(half), run(full)
+    same(out, expected, rtol=2e-6)
+    for x in jax.tree.leaves(out):
+        assert not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == jnp.float32
