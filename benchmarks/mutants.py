@@ -1,0 +1,263 @@
+"""How many deliberate faults in the loss modules do their tests notice?
+
+One at a time, each fault is put into a module of `alignjax.losses`, in memory, and the tests of
+that module run until one fails; if none does, those of properties and of the presets follow.
+
+    python benchmarks/mutants.py                      # all modules: about half an hour on 2 cores
+    python benchmarks/mutants.py --modules kl clip    # some of them
+
+Faults: a sign, a comparison, a mask turned or dropped, a mean that is a sum, a shift by one, an
+exchanged product and quotient, a gradient that is not stopped, another default, another branch.
+What survives is listed with its line; docs/results.md says why.
+"""
+
+import argparse
+import ast
+import copy
+import importlib.abc
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import record
+
+LOSSES = record.REPO / "alignjax" / "losses"
+TESTS = record.REPO / "tests" / "losses"
+GENERAL = ("test_properties.py", "test_presets.py", "test_logprob.py")
+LIMIT_S = 240
+"""A fault that makes the tests hang is noticed, too."""
+
+SWAPPED_OPERATORS = {
+    ast.Add: (ast.Sub, "sign"), ast.Sub: (ast.Add, "sign"),
+    ast.Mult: (ast.Div, "product"), ast.Div: (ast.Mult, "product"),
+    ast.BitAnd: (ast.BitOr, "mask"), ast.BitOr: (ast.BitAnd, "mask"),
+    ast.Lt: (ast.Gt, "comparison"), ast.Gt: (ast.Lt, "comparison"),
+    ast.LtE: (ast.GtE, "comparison"), ast.GtE: (ast.LtE, "comparison"),
+    ast.Eq: (ast.NotEq, "comparison"), ast.NotEq: (ast.Eq, "comparison"),
+}  # fmt: skip
+SWAPPED_NAMES = {
+    "mean": ("sum", "denominator"), "minimum": ("maximum", "branch"),
+    "maximum": ("minimum", "branch"), "max": ("min", "branch"), "min": ("max", "branch"),
+}  # fmt: skip
+SWAPPED_SEGMENTS = {"mean": ("total", "denominator"), "total": ("mean", "denominator")}
+
+
+class Mutant(NamedTuple):
+    module: str
+    kind: str
+    line: int
+    before: str
+    after: str
+    source: str
+
+
+def mutants(module: str) -> Iterator[Mutant]:
+    """Every single fault of a module. What is in a `raise` or its condition is left alone: messages
+    have tests of their own."""
+    tree = ast.parse((LOSSES / f"{module}.py").read_text(encoding="utf-8"))
+    nodes = [*ast.walk(tree)]
+    skipped = {
+        id(inner)
+        for node in nodes
+        if isinstance(node, ast.If) and any(isinstance(x, ast.Raise) for x in node.body)
+        for inner in ast.walk(node)
+    }
+    annotations = {
+        id(inner)
+        for node in nodes
+        for outer in (getattr(node, "annotation", None), getattr(node, "returns", None))
+        if outer is not None
+        for inner in ast.walk(outer)
+    }
+    for i, node in enumerate(nodes):
+        if id(node) in skipped | annotations or not isinstance(node, ast.expr | ast.arguments):
+            continue
+        for kind, changed in faults(node):
+            copied = copy.deepcopy(tree)
+            target = [*ast.walk(copied)][i]
+            if isinstance(node, ast.arguments):
+                vars(target).update(vars(changed))
+            else:
+                replace(copied, target, changed)
+            line = getattr(node, "lineno", 0) or node.kwonlyargs[0].lineno
+            yield Mutant(
+                module, kind, line, ast.unparse(node), ast.unparse(changed),
+                ast.unparse(ast.fix_missing_locations(copied)),
+            )  # fmt: skip
+
+
+def faults(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """What may be wrong in place of this node."""
+    if isinstance(node, ast.BinOp) and type(node.op) in SWAPPED_OPERATORS:
+        operator, kind = SWAPPED_OPERATORS[type(node.op)]
+        yield kind, ast.BinOp(node.left, operator(), node.right)
+    elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPPED_OPERATORS:
+        operator, kind = SWAPPED_OPERATORS[type(node.ops[0])]
+        yield kind, ast.Compare(node.left, [operator(), *node.ops[1:]], node.comparators)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Invert):
+        yield "sign" if isinstance(node.op, ast.USub) else "mask", node.operand
+    elif isinstance(node, ast.Call):
+        yield from faults_of_call(node)
+    elif isinstance(node, ast.arguments):
+        for i, default in enumerate(node.kw_defaults):
+            if isinstance(default, ast.Constant) and type(default.value) in (int, float):
+                defaults = [*node.kw_defaults]
+                defaults[i] = ast.Constant(2 * default.value or 1)
+                yield "default", ast.arguments(**{**vars(node), "kw_defaults": defaults})
+            elif isinstance(default, ast.Constant) and type(default.value) is bool:
+                defaults = [*node.kw_defaults]
+                defaults[i] = ast.Constant(not default.value)
+                yield "default", ast.arguments(**{**vars(node), "kw_defaults": defaults})
+
+
+def faults_of_call(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
+    name = ast.unparse(node.func)
+    last = name.rsplit(".", 1)[-1]
+    if last == "stop_gradient":
+        yield "gradient", node.args[0]
+    elif last == "where" and len(node.args) == 3:
+        condition, yes, no = node.args
+        yield "mask", yes
+        yield "mask", ast.Call(node.func, [condition, no, yes], node.keywords)
+    elif last in ("roll", "arange"):
+        shifted = [*node.args]
+        at = 1 if last == "roll" else 0
+        shifted[at] = ast.BinOp(node.args[at], ast.Add(), ast.Constant(1))
+        if last == "roll":
+            yield "shift", ast.Call(node.func, shifted, node.keywords)
+    elif name.startswith("segments.") and last in SWAPPED_SEGMENTS:
+        other, kind = SWAPPED_SEGMENTS[last]
+        yield kind, ast.Call(ast.parse(f"segments.{other}").body[0].value, node.args, node.keywords)
+    elif name == "segments.length":
+        yield "denominator", ast.Constant(1.0)
+    elif last in SWAPPED_NAMES and "." in name:
+        other, kind = SWAPPED_NAMES[last]
+        if last == "mean" or not name.startswith("masked."):
+            func = ast.parse(name[: -len(last)] + other).body[0].value
+            yield kind, ast.Call(func, node.args, node.keywords)
+    elif name == "masked.clean":
+        on = ast.parse(f"jnp.ones_like({ast.unparse(node.args[0])})").body[0].value
+        yield "mask", ast.Call(node.func, [on, *node.args[1:]], node.keywords)
+
+
+def replace(tree: ast.AST, target: ast.AST, new: ast.AST) -> None:
+    for parent in ast.walk(tree):
+        for field, value in ast.iter_fields(parent):
+            if value is target:
+                setattr(parent, field, copy.deepcopy(new))
+                return
+            if isinstance(value, list) and any(x is target for x in value):
+                index = next(i for i, x in enumerate(value) if x is target)
+                value[index] = copy.deepcopy(new)
+                return
+    raise AssertionError("the node is in no parent")
+
+
+class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Loads one module from the source of a mutant."""
+
+    def __init__(self, mutant: Mutant):
+        self.name, self.source = f"alignjax.losses.{mutant.module}", mutant.source
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == self.name else None
+
+    def exec_module(self, module):
+        exec(compile(self.source, f"{self.name} (mutant)", "exec"), module.__dict__)
+
+
+def is_noticed(mutant: Mutant) -> int:
+    """Runs the tests in this process, which ends after it: 0 if all pass."""
+    import pytest
+
+    sys.meta_path.insert(0, Loader(mutant))
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    own = TESTS / f"test_{mutant.module}.py"
+    files = [path for path in (own, *(TESTS / name for name in GENERAL)) if path.exists()]
+    for path in dict.fromkeys(files):
+        if pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", str(path)]):
+            return 1
+    return 0
+
+
+def survivors(chosen: list[Mutant], workers: int) -> list[Mutant]:
+    """Forks a process for each, so that jax is imported once; it is not used before the fork."""
+    running: dict[int, tuple[Mutant, float]] = {}
+    waiting, found, done = [*chosen], [], 0
+    while waiting or running:
+        while waiting and len(running) < workers:
+            mutant = waiting.pop(0)
+            pid = os.fork()
+            if pid == 0:
+                os._exit(is_noticed(mutant))
+            running[pid] = mutant, time.monotonic()
+        for pid, (mutant, start) in [*running.items()]:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended and time.monotonic() - start > LIMIT_S:
+                os.kill(pid, 9)
+                ended, status = os.waitpid(pid, 0)
+            if ended:
+                del running[pid]
+                done += 1
+                if status == 0:
+                    found.append(mutant)
+                    print(f"{done}/{len(chosen)} survives: {describe(mutant)}", flush=True)
+                elif done % 25 == 0:
+                    print(f"{done}/{len(chosen)}", flush=True)
+        time.sleep(0.02)
+    return found
+
+
+def describe(mutant: Mutant) -> str:
+    return f"{mutant.module}.py:{mutant.line} {mutant.kind}: {mutant.before} -> {mutant.after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--modules", nargs="*", help="by default all")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=record.RESULTS / "mutants.json")
+    args = parser.parse_args()
+    modules = args.modules or sorted(p.stem for p in LOSSES.glob("*.py") if p.stem != "__init__")
+    chosen = [mutant for module in modules for mutant in mutants(module)]
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.insert(0, str(record.REPO))
+    os.chdir(record.REPO)
+    for heavy in ("jax.numpy", "chex", "hypothesis.extra.numpy", "pytest", "optax"):
+        importlib.import_module(heavy)
+    start = time.perf_counter()
+    sound = [Mutant(m, "none", 0, "", "", (LOSSES / f"{m}.py").read_text()) for m in modules]
+    if len(survivors(sound, args.workers)) < len(sound):
+        raise SystemExit("The tests fail without any fault; mend that first.")
+    left = survivors(chosen, args.workers)
+    table = {
+        module: {
+            "mutants": sum(m.module == module for m in chosen),
+            "survivors": sum(m.module == module for m in left),
+        }
+        for module in modules
+    }
+    kinds = {kind: sum(m.kind == kind for m in chosen) for kind in sorted({m.kind for m in chosen})}
+    print(f"{len(chosen) - len(left)} of {len(chosen)} noticed")
+    record.write(
+        args.out,
+        {
+            "minutes": round((time.perf_counter() - start) / 60, 1),
+            "mutants": len(chosen),
+            "noticed": len(chosen) - len(left),
+            "by_kind": kinds,
+            "by_module": table,
+            "survivors": [describe(m) for m in left],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
