@@ -21,6 +21,7 @@ from alignjax import losses
 from alignjax.core.types import Weighted
 from tests.losses import arguments
 from tests.losses.arguments import Argument
+from tests.losses.layouts import LENGTHS, OTHERS, PLAIN, lay_out, starts, targets
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "fixed_length": {"max_len": 16},
@@ -50,9 +51,6 @@ VOCABULARY = {
 }
 """Arguments of functions of `hidden`. Hidden states are those that predict the next token."""
 
-LENGTHS = (9, 4, 7, 2, 12, 3, 5, 8)
-PLAIN = [[i] for i in range(8)]
-PACKED = [[0, 1], [4], [2, 3, 5], [7, 6]]
 SEGMENTS = 3
 """At most so many sequences in a row."""
 
@@ -103,45 +101,24 @@ def rows(name: str, layout=PLAIN, time: int = 12, left: bool = False) -> dict[st
 
     Arguments off the mask are dirt.
     """
-    rng, wanted = np.random.default_rng(4), arguments.names(FUNCTIONS[name])
-    sizes = {"D": D, "V": V, "K": K}
-    shape = (len(layout), time)
-    mask, ids = np.zeros(shape, bool), np.zeros(shape, np.int32)
-    places = starts(layout, time, left)
-    for i, (row, at) in places.items():
-        mask[row, at + (LENGTHS[i] + 1) // 2 : at + LENGTHS[i]] = True
-        ids[row, at : at + LENGTHS[i]] = layout[row].index(i) + 1
-    out = {}
-    for argument in wanted:
+    rng, sizes = np.random.default_rng(4), {"D": D, "V": V, "K": K}
+    others, made = {}, [{} for _ in LENGTHS]
+    for argument in arguments.names(FUNCTIONS[name]):
         if argument in ("mask", "segment_ids"):
-            out[argument] = mask if argument == "mask" else ids
             continue
         of = what(name, argument)
         if not of.axes.startswith("BT"):
-            out[argument] = entries(rng, of, tuple(sizes[axis] for axis in of.axes))
+            others[argument] = entries(rng, of, tuple(sizes[axis] for axis in of.axes))
             continue
         trailing = tuple(sizes[axis] for axis in of.axes[2:])
-        drawn = [entries(rng, of, (length, *trailing)) for length in LENGTHS]
-        dirt = {"float": np.nan, "int": -7, "bool": True}[of.kind]
-        x = np.full((*shape, *trailing), dirt, drawn[0].dtype)
-        for i, (row, at) in places.items():
-            x[row, at : at + LENGTHS[i]] = drawn[i]
-        # A hidden state predicts the token after it, so it is read one step before the mask.
-        read = np.roll(mask, -1, 1) if argument.endswith("hidden") else mask
-        x[~read] = dirt
-        out[argument] = x
-    return out
-
-
-def starts(layout, time: int, left: bool) -> dict[int, tuple[int, int]]:
-    """Sequence -> its row, and the time at which it begins."""
-    out = {}
-    for row, members in enumerate(layout):
-        at = time - sum(LENGTHS[i] for i in members) if left else 0
-        for i in members:
-            out[i] = row, at
-            at += LENGTHS[i]
-    return out
+        for sequence, length in zip(made, LENGTHS, strict=True):
+            x = entries(rng, of, (length, *trailing))
+            # A hidden state predicts the token after it, so it is read one step before the mask.
+            off = ~np.roll(targets(length), -1 if argument.endswith("hidden") else 0)
+            x[off] = {"float": np.nan, "int": -7, "bool": True}[of.kind]
+            sequence[argument] = x
+    out = others | lay_out(made, layout, time, left)
+    return {argument: out[argument] for argument in arguments.names(FUNCTIONS[name])}
 
 
 def by_sequence(out: Any, layout, time: int, left: bool = False) -> list[np.ndarray]:
@@ -171,8 +148,7 @@ def test_layout_does_not_matter(name):
     function = jax.jit(called(name))
     plain = by_sequence(function(**rows(name)), PLAIN, 12)
     assert any(np.any(x) for x in plain), "all zeros would be equal whatever the layout"
-    layouts = [(PLAIN, 19, False), (PLAIN, 19, True), (PACKED, 15, False)]
-    for layout, time, left in [*layouts, ([*PACKED, []], 21, True)]:
+    for layout, time, left in OTHERS:
         out = function(**rows(name, layout, time, left))
         same(by_sequence(out, layout, time, left), plain)
 
