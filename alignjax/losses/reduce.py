@@ -1,9 +1,10 @@
-"""Per-token losses -> Weighted(total, weight), to be added over micro-batches and divided once.
+"""Losses by token or example -> Weighted(total, weight), added over micro-batches, divided once.
 
 A sequence is a segment: the tokens of one row with one segment id. So the result is the same
 whether sequences share rows or have one each.
 """
 
+import chex
 import jax.numpy as jnp
 from jax import Array
 
@@ -67,3 +68,44 @@ def fixed_length(loss: Array, mask: Array, segment_ids: Array, *, max_len: int) 
         raise ValueError(f"max_len={max_len}: expected the limit on completion tokens, at least 1")
     (loss,) = masked.clean(mask, loss, rank=2)
     return Weighted(masked.sum(loss, mask), segments.count(mask, segment_ids) * max_len)
+
+
+def sequence_sum(loss: Array, mask: Array, segment_ids: Array) -> Weighted:
+    """Sum over tokens; the weight is the number of sequences.
+
+    Arguments, result and errors as in `sequence_mean`. For losses of tokens whose sum is the loss
+    of the sequence; what holds the term of the sequence at each token goes to `sequence_mean`.
+    Source: arXiv:2402.14740 sec. 2.2: the log-prob of a completion is the sum over its tokens.
+    """
+    (loss,) = masked.clean(mask, loss, rank=2)
+    return Weighted(masked.sum(loss, mask), segments.count(mask, segment_ids))
+
+
+def micro_batch_mean(loss: Array, mask: Array) -> Weighted:
+    """Mean over the tokens of the batch given; the weight is 1, or 0 if no token counts.
+
+    Arguments and errors as in `token_mean`. By its definition, and unlike all others here, the
+    gradient depends on the split into micro-batches: a token of a short one weighs more. Prefer
+    `token_mean`; this is for comparison with runs that were made so.
+    Source: what other libraries call BNPO; no paper defines it.
+    """
+    (loss,) = masked.clean(mask, loss, rank=2)
+    return Weighted(masked.mean(loss, mask), jnp.any(mask).astype(jnp.float32))
+
+
+def example_mean(loss: Array, is_valid: Array) -> Weighted:
+    """Sum over examples; the weight is their number.
+
+    Args:
+      loss: [N] or [N, G] float32; of pairs, examples or groups of them. Carries gradient.
+      is_valid: bool of the same shape; True on the examples that count. Elsewhere loss may be
+        anything, even nan.
+    Returns:
+      Weighted of [] float32; 0, 0 if no example counts.
+    Raises:
+      AssertionError: at trace time, on a rank, shape or dtype other than the above.
+    Source: arXiv:2305.18290 eq. 7 (DPO), an expectation over pairs, is one example.
+    """
+    chex.assert_rank(loss, {1, 2})
+    (loss,) = masked.clean(is_valid, loss, rank=loss.ndim)
+    return Weighted(masked.sum(loss, is_valid), jnp.sum(is_valid, dtype=jnp.float32))
