@@ -61,6 +61,7 @@ TOKENS = {
     "kl": Argument("BT", -1.0, 2.0),
     "log_ratio": Argument("BT", -1.0, 1.0),
     "score": Argument("BT", -2.0, 2.0),
+    "covariance": Argument("BT", -2.0, 6.0),
 }
 """Of functions with a `mask`: [B, T]."""
 
