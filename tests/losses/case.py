@@ -96,7 +96,8 @@ def oracle_tests(cases: Sequence[Case]) -> type[chex.TestCase]:
 
             def weighted(out: Any) -> Any:
                 floats = [x for x in _leaves(out) if x.dtype != bool]
-                return sum((w * x).sum() for w, x in zip(weights, floats, strict=True))
+                terms = ((w * x).sum() for w, x in zip(weights, floats, strict=True))
+                return sum(terms, 0.0)  # a float also where all results are bool
 
             with jax.enable_x64(True):
                 leaves, tree = jax.tree.flatten(arrays(dirt, jnp.float64))
