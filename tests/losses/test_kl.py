@@ -21,11 +21,21 @@ def oracle(term):
     return terms
 
 
+def weighted_oracle(logp, old_logp, ref_logp, mask):
+    """The importance weight times the estimate, in probabilities."""
+    out = np.zeros(mask.shape)
+    for i in zip(*np.nonzero(mask), strict=True):
+        p, old, ref = np.exp(logp[i]), np.exp(old_logp[i]), np.exp(ref_logp[i])
+        out[i] = p / old * (ref / p - np.log(ref / p) - 1)
+    return out
+
+
 TestOracles = oracle_tests(
     [
         Case(losses.k1, oracle(lambda d: d)),
         Case(losses.k2, oracle(lambda d: d**2 / 2)),
         Case(losses.k3, oracle(lambda d: np.exp(-d) - 1 + d)),
+        Case(losses.weighted_k3, weighted_oracle),
     ]
 )
 
@@ -38,14 +48,20 @@ REVERSE = (REF * np.log(REF / P)).sum()
 KL_GRAD = P * (np.log(P / REF) - KL)
 
 
-def expected_value_and_gradient(estimator):
-    """Mean of the estimator over x ~ P, and of its gradient: the sampling itself is held fixed."""
+def log(p):
+    return jnp.log(jnp.asarray(p, jnp.float32))[None]
+
+
+def expected_value_and_gradient(estimator, old=P):
+    """Mean of the estimator over x ~ old, and of its gradient: the sampling itself is held fixed.
+
+    `estimator` is of logp, ref_logp and mask.
+    """
 
     def mean(logits):
         logp = jax.nn.log_softmax(logits)[None]
-        ref_logp = jnp.asarray(np.log(REF), jnp.float32)[None]
-        terms = estimator(logp, ref_logp, jnp.ones((1, 4), bool))
-        return jnp.sum(jnp.asarray(P, jnp.float32) * terms[0])
+        terms = estimator(logp, log(REF), jnp.ones((1, 4), bool))
+        return jnp.sum(jnp.asarray(old, jnp.float32) * terms[0])
 
     return jax.value_and_grad(mean)(jnp.asarray(LOGITS, jnp.float32))
 
@@ -64,25 +80,49 @@ def test_on_policy_gradients():
     np.testing.assert_allclose(expected_value_and_gradient(losses.k3)[1], P - REF, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("estimator", "oracle", "slope"),
-    [
-        (losses.k1, lambda d: d, lambda d: np.ones_like(d)),
-        (losses.k2, lambda d: d**2 / 2, lambda d: d),
-        (losses.k3, lambda d: np.exp(-d) - 1 + d, lambda d: 1 - np.exp(-d)),
-    ],
-)
-def test_random_ragged_batches(estimator, oracle, slope):
-    rng = np.random.default_rng(2)
-    mask = rng.random((5, 9)) < 0.5
-    logp, ref = -rng.exponential(size=(2, 5, 9)).astype(np.float32)
-    dirty = [jnp.asarray(np.where(mask, x, bad)) for x, bad in ((logp, np.nan), (ref, np.inf))]
-    d = logp.astype(np.float64) - ref
-    terms = estimator(*dirty, jnp.asarray(mask))
-    np.testing.assert_allclose(terms, np.where(mask, oracle(d), 0), rtol=1e-5, atol=1e-6)
-    grads = jax.grad(lambda a, b: estimator(a, b, jnp.asarray(mask)).sum(), (0, 1))(*dirty)
-    np.testing.assert_allclose(grads[0], np.where(mask, slope(d), 0), rtol=1e-5, atol=1e-6)
-    assert (grads[1] == 0).all()
+@pytest.mark.parametrize("old", [P, np.array([0.4, 0.1, 0.2, 0.3])])
+def test_weighted_k3_has_value_and_gradient_of_the_exact_kl_on_policy_and_off(old):
+    def estimator(logp, ref_logp, mask):
+        return losses.weighted_k3(logp, log(old), ref_logp, mask)
+
+    value, grad = expected_value_and_gradient(estimator, old)
+    np.testing.assert_allclose(value, KL, rtol=1e-5)
+    np.testing.assert_allclose(grad, KL_GRAD, rtol=1e-5, atol=1e-7)
+
+
+def test_off_policy_k2_and_k3_have_another_gradient():
+    old = np.array([0.4, 0.1, 0.2, 0.3])
+    for estimator in (losses.k1, losses.k2, losses.k3):
+        grad = expected_value_and_gradient(estimator, old)[1]
+        assert np.abs(grad - KL_GRAD).max() > 0.05
+
+
+def test_weighted_k3_by_hand():
+    # r = 0.5 / 0.25 = 2 and ref / p = 0.125 / 0.5 = 1/4: 2 (1/4 - 1 + log 4), slope 2 log 4.
+    args = [jnp.log(jnp.array([[p, 0.3]])) for p in (0.5, 0.25, 0.125)]
+    mask = jnp.array([[True, False]])
+    grads = jax.grad(lambda *x: losses.weighted_k3(*x, mask).sum(), (0, 1, 2))(*args)
+    expected = [[2 * (np.log(4) - 0.75), 0]]
+    np.testing.assert_allclose(losses.weighted_k3(*args, mask), expected, rtol=1e-6)
+    np.testing.assert_allclose(grads[0], [[2 * np.log(4), 0]], rtol=1e-6)
+    assert not grads[1].any() and not grads[2].any()
+
+
+def test_weighted_k3_far_from_the_others_pushes_the_right_way():
+    def slope(logp, old, ref):
+        x = [jnp.array([[value]]) for value in (logp, old, ref)]
+        on = jnp.ones((1, 1), bool)
+        value, grad = jax.value_and_grad(lambda a: losses.weighted_k3(a, *x[1:], on).sum())(x[0])
+        assert jnp.isfinite(value)
+        return grad.item()
+
+    # Far below the reference a step against the gradient, r d, raises logp; far above, lowers it.
+    assert slope(-1e4, -1e4, 0.0) == -1e4
+    assert slope(0.0, 0.0, -1e4) == 1e4
+    assert slope(-1e4, 0.0, 0.0) == 0.0
+    np.testing.assert_allclose(slope(0.0, -1e4, -2.0), np.exp(20) * 2, rtol=1e-6)
+    # Near it the two terms of the derivative cancel in float32: 1e-5, to a part in 1e4 here.
+    np.testing.assert_allclose(slope(-1.0, -1.0, -1.0 - 2**-17), 2**-17, rtol=1e-4)
 
 
 @pytest.mark.parametrize("estimator", [losses.k1, losses.k2, losses.k3])
