@@ -1,6 +1,19 @@
 """Arrays -> losses, advantages, penalties: pure functions, per token, reduced in one place."""
 
-from alignjax.losses.advantage import group_center, group_zscore, overlong_penalty
+from alignjax.losses.advantage import (
+    distillation_advantage,
+    gdpo,
+    global_whiten,
+    gpg,
+    group_center,
+    group_zscore,
+    is_informative,
+    leave_one_out,
+    opo,
+    pass_at_k,
+    reinforce_pp_baseline,
+    remax,
+)
 from alignjax.losses.clip import Surrogate, cispo, dual_clip, gmpo, ppo_clip, reinforce, sapo
 from alignjax.losses.entropy import (
     clip_cov_mask,
@@ -9,6 +22,7 @@ from alignjax.losses.entropy import (
     token_covariance,
     top_entropy_mask,
 )
+from alignjax.losses.gae import Gae, VTrace, gae, reinforce_pp, returns_to_go, vtrace
 from alignjax.losses.kl import k1, k2, k3, weighted_k3
 from alignjax.losses.lm import cross_entropy
 from alignjax.losses.logprob import TokenLogps, next_token_logps
@@ -30,32 +44,65 @@ from alignjax.losses.reduce import (
     sequence_sum,
     token_mean,
 )
+from alignjax.losses.shaping import (
+    RunningMoments,
+    clip_rewards,
+    init_moments,
+    missing_eos_penalty,
+    normalize_rewards,
+    overlong_penalty,
+    token_rewards,
+    update_moments,
+)
+from alignjax.losses.value import ValueLoss, clipped_value_loss
 
 __all__ = [
+    "Gae",
     "Pairs",
+    "RunningMoments",
     "Surrogate",
     "TokenLogps",
+    "VTrace",
+    "ValueLoss",
     "cispo",
     "clip_cov_mask",
+    "clip_rewards",
+    "clipped_value_loss",
     "cross_entropy",
+    "distillation_advantage",
     "dual_clip",
     "entropy_bonus",
     "example_mean",
     "fixed_length",
+    "gae",
+    "gdpo",
+    "global_whiten",
     "gmpo",
+    "gpg",
     "group_center",
     "group_zscore",
+    "init_moments",
+    "is_informative",
     "k1",
     "k2",
     "k3",
     "kl_cov_mask",
+    "leave_one_out",
     "masked_weight",
     "micro_batch_mean",
+    "missing_eos_penalty",
     "next_token_logps",
+    "normalize_rewards",
     "off_policy_sequence_mask",
+    "opo",
     "overlong_penalty",
+    "pass_at_k",
     "ppo_clip",
     "reinforce",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "remax",
+    "returns_to_go",
     "sapo",
     "sequence_level",
     "sequence_mean",
@@ -65,7 +112,10 @@ __all__ = [
     "token_covariance",
     "token_level",
     "token_mean",
+    "token_rewards",
     "top_entropy_mask",
     "truncated_weight",
+    "update_moments",
+    "vtrace",
     "weighted_k3",
 ]
