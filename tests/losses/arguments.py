@@ -40,6 +40,7 @@ def _logp(axes: str, carries: bool = False) -> Argument:
 
 TOKENS = {
     "logp": _logp("BT", True),
+    "policy_logp": _logp("BT"),
     "old_logp": _logp("BT"),
     "ref_logp": _logp("BT"),
     "other_logp": _logp("BT"),
