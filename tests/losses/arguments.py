@@ -63,6 +63,7 @@ TOKENS = {
     "log_ratio": Argument("BT", -1.0, 1.0),
     "score": Argument("BT", -2.0, 2.0),
     "covariance": Argument("BT", -2.0, 6.0),
+    "shared_len": Argument("BT", 1, 9, kind="int"),
 }
 """Of functions with a `mask`: [B, T]."""
 
@@ -84,7 +85,12 @@ EXAMPLES = {
     "is_desirable": Argument("N", kind="bool"),
     "loss": Argument("N", -2.0, 2.0, True),
     "weights": Argument("N", 0.1, 1.0),
+    "mismatched_logp": Argument("N", -20.0, -0.5),
+    "ref_mismatched_logp": Argument("N", -20.0, -0.5),
+    "preference_prob": Argument("N", 0.0, 1.0),
+    "margin": Argument("N", 0.0, 2.0),
     "kl": Argument("", 0.0, 2.0),
+    "delta": Argument("", -1.0, 1.0),
 }
 """Of functions with `is_valid`, which has the axes of their first argument."""
 
