@@ -214,7 +214,7 @@ def dirtied(function: Callable[..., Any], args: dict[str, Any], seed: int = 0) -
         fields = args["pairs"]
         on = fields["is_valid"]
         fields = {name: dirty(x, on) for name, x in fields.items()}
-        rest = {name: dirty(x, on) for name, x in args.items() if name != "pairs"}
-        return {**rest, "pairs": fields}
+        # In the order of the arguments, which are given by position.
+        return {k: fields if k == "pairs" else dirty(x, on) for k, x in args.items()}
     on = args.get("mask", args.get("is_valid"))
     return {name: dirty(x, on) for name, x in args.items()}
