@@ -19,7 +19,7 @@ import record
 from jax import Array
 
 from alignjax import losses
-from alignjax.losses.logprob import ROWS_PER_CHUNK
+from alignjax.losses.vocabulary import ROWS_PER_CHUNK
 
 B, T, D, V = 1, 4096, 1024, 151_936
 """One row of 4,096 tokens; width and vocabulary of Qwen3-0.6B."""

@@ -13,7 +13,7 @@ from alignjax.core.config import Config, DirectoryName
 from alignjax.core.errors import UserError
 from alignjax.core.types import Params
 from alignjax.losses import TokenLogps, next_token_logps
-from alignjax.losses.logprob import default_chunk_size
+from alignjax.losses.vocabulary import default_chunk_size
 from alignjax.models import Model, ModelConfig, load, load_eos_ids, save
 from alignjax.sharding import MeshConfig, batch_shards, init_sharded, shardings
 from alignjax.text import HFTokenizer, check_fits, load_tokenizer, stop_ids

@@ -8,7 +8,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignjax.losses import logprob, next_token_logps
+from alignjax.losses import next_token_logps, vocabulary
 
 B, T, D, V = 8, 13, 6, 18
 TAU = 0.7
@@ -229,13 +229,13 @@ def test_no_array_of_all_logits_exists(time, chunk_size, chunk):
 
 def test_chunks_without_a_target_are_skipped(monkeypatch):
     seen = []
-    product = logprob._logits
+    product = vocabulary.logits
 
     def spy(hidden, unembedding):
         jax.debug.callback(lambda: seen.append(hidden.shape[1]))
         return product(hidden, unembedding)
 
-    monkeypatch.setattr(logprob, "_logits", spy)
+    monkeypatch.setattr(vocabulary, "logits", spy)
     hidden, unembedding, tokens, _, grads = batch(dirty=False)
     jax.clear_caches()  # of traces without the spy
     late = np.zeros((B, T), bool)
@@ -253,14 +253,14 @@ def test_chunks_without_a_target_are_skipped(monkeypatch):
 
 def test_calls_outside_jit_compile_once(monkeypatch):
     num_traces = 0
-    product = logprob._logits
+    product = vocabulary.logits
 
     def spy(*args):
         nonlocal num_traces
         num_traces += 1
         return product(*args)
 
-    monkeypatch.setattr(logprob, "_logits", spy)
+    monkeypatch.setattr(vocabulary, "logits", spy)
     hidden, unembedding, tokens, mask, grads = batch(shape=(B, T + 1))
     seen = []
     for scale in (1.0, 2.0):
