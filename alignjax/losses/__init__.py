@@ -15,6 +15,7 @@ from alignjax.losses.advantage import (
     remax,
 )
 from alignjax.losses.clip import Surrogate, cispo, dual_clip, gmpo, ppo_clip, reinforce, sapo
+from alignjax.losses.distill import forward_kl, jsd, reverse_kl, top_k_forward_kl
 from alignjax.losses.entropy import (
     clip_cov_mask,
     entropy_bonus,
@@ -25,7 +26,7 @@ from alignjax.losses.entropy import (
 from alignjax.losses.f_divergence import f_dpo_alpha, f_dpo_forward_kl, f_dpo_js
 from alignjax.losses.gae import Gae, VTrace, gae, reinforce_pp, returns_to_go, vtrace
 from alignjax.losses.kl import k1, k2, k3, weighted_k3
-from alignjax.losses.lm import cross_entropy
+from alignjax.losses.lm import cross_entropy, dft, label_smoothed, z_loss
 from alignjax.losses.logprob import TokenLogps, next_token_logps
 from alignjax.losses.pairs import (
     Pairs,
@@ -123,6 +124,7 @@ __all__ = [
     "clipped_value_loss",
     "cpo",
     "cross_entropy",
+    "dft",
     "discopop",
     "distillation_advantage",
     "dpo",
@@ -135,6 +137,7 @@ __all__ = [
     "f_dpo_forward_kl",
     "f_dpo_js",
     "fixed_length",
+    "forward_kl",
     "gae",
     "gdpo",
     "global_whiten",
@@ -149,6 +152,7 @@ __all__ = [
     "ipo_mean",
     "is_comparable",
     "is_informative",
+    "jsd",
     "k1",
     "k2",
     "k3",
@@ -156,6 +160,7 @@ __all__ = [
     "kto",
     "kto_kl",
     "kwise_ranking",
+    "label_smoothed",
     "leave_one_out",
     "length_desensitized_logps",
     "length_normalized_dpo",
@@ -180,6 +185,7 @@ __all__ = [
     "reinforce_pp_baseline",
     "remax",
     "returns_to_go",
+    "reverse_kl",
     "robust_dpo",
     "sapo",
     "sequence_level",
@@ -196,10 +202,12 @@ __all__ = [
     "token_mean",
     "token_rewards",
     "top_entropy_mask",
+    "top_k_forward_kl",
     "truncated_weight",
     "update_moments",
     "vtrace",
     "weighted_k3",
     "wpo",
     "wpo_weights",
+    "z_loss",
 ]
