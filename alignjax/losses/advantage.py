@@ -160,7 +160,7 @@ def pass_at_k(is_correct: Array, is_valid: Array, *, k: int) -> Array:
     others_wrong = jnp.prod(factors, axis=1, keepdims=True)
     wrong_frac = wrong / jnp.maximum(n, 1.0)
     all_wrong = wrong_frac * others_wrong  # 1 - Rbar
-    is_spread = (n > k) & (all_wrong > 0.0) & (all_wrong < 1.0)
+    is_spread = (all_wrong > 0.0) & (all_wrong < 1.0)  # with n <= k it is 0 or 1
     sigma = jnp.sqrt(jnp.where(is_spread, all_wrong * (1.0 - all_wrong), 1.0))
     advantage = jnp.where(is_correct, all_wrong, all_wrong - others_wrong) / sigma
     return jnp.where(is_valid & is_spread, advantage, 0.0)

@@ -69,8 +69,8 @@ def gae(
     Source: arXiv:1506.02438 eq. 16; the defaults are those of the code of arXiv:1909.08593.
     """
     _check_fractions(gamma=gamma, gae_lambda=gae_lambda)
-    rewards, values = _constants(mask, rewards, old_values)
-    is_last, bootstrap = _ends(bootstrap, mask, segment_ids)
+    rewards, values, bootstrap = _constants(mask, rewards, old_values, bootstrap)
+    is_last = _is_last(mask, segment_ids)
     errors = rewards + gamma * _following(values, bootstrap, mask, is_last) - values
     advantages = _discounted(errors, gamma * gae_lambda, mask, is_last)
     return Gae(advantages, advantages + values)
@@ -91,8 +91,7 @@ def returns_to_go(rewards: Array, mask: Array, segment_ids: Array, *, gamma: flo
     """
     _check_fractions(gamma=gamma)
     (rewards,) = _constants(mask, rewards)
-    chex.assert_type(segment_ids, jnp.int32)
-    return _discounted(rewards, gamma, mask, segments.is_last(mask, segment_ids))
+    return _discounted(rewards, gamma, mask, _is_last(mask, segment_ids))
 
 
 def reinforce_pp(rewards: Array, mask: Array, segment_ids: Array, *, gamma: float = 1.0) -> Array:
@@ -150,8 +149,8 @@ def vtrace(
             f"max_rho={max_rho}, max_c={max_c}, max_pg_rho={max_pg_rho}: expected all > 0"
         )
     ratio = capped_exp(token_log_ratio(jax.lax.stop_gradient(policy_logp), old_logp, mask))
-    rewards, values = _constants(mask, rewards, old_values)
-    is_last, bootstrap = _ends(bootstrap, mask, segment_ids)
+    rewards, values, bootstrap = _constants(mask, rewards, old_values, bootstrap)
+    is_last = _is_last(mask, segment_ids)
 
     def errors(next_values: Array, limit: float) -> Array:
         return jnp.minimum(ratio, limit) * (rewards + gamma * next_values - values)
@@ -173,13 +172,10 @@ def _constants(mask: Array, *arrays: Array) -> tuple[Array, ...]:
     return masked.clean(mask, *map(jax.lax.stop_gradient, arrays), rank=2)
 
 
-def _ends(bootstrap: Array, mask: Array, segment_ids: Array) -> tuple[Array, Array]:
-    """Where sequences end, and the bootstrap there; 0 elsewhere."""
+def _is_last(mask: Array, segment_ids: Array) -> Array:
     chex.assert_equal_shape([mask, segment_ids])
     chex.assert_type(segment_ids, jnp.int32)
-    is_last = segments.is_last(mask, segment_ids)
-    (bootstrap,) = _constants(is_last, bootstrap)
-    return is_last, bootstrap
+    return segments.is_last(mask, segment_ids)
 
 
 def _discounted(x: Array, decay: Array | float, mask: Array, is_last: Array) -> Array:

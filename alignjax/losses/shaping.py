@@ -99,6 +99,7 @@ def token_rewards(
     """
     (kl,) = masked.clean(mask, kl, rank=2)
     chex.assert_equal_shape([mask, score, segment_ids])
+    chex.assert_type(segment_ids, jnp.int32)
     (score,) = masked.clean(segments.is_last(mask, segment_ids), score, rank=2)
     return jax.lax.stop_gradient(score - kl_coef * kl)
 
