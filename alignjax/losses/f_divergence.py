@@ -20,6 +20,7 @@ def f_dpo_forward_kl(pairs: Pairs, *, beta: float = 0.1) -> Array:
     the slope it has there, so that no float overflows.
     """
     chosen, rejected = log_ratios(pairs)
+    # 1 - 1 / u, more exact near u = 1; a constant cancels between the two, here and below.
     return _loss(pairs, -straight_expm1(-chosen), -straight_expm1(-rejected), beta)
 
 
