@@ -288,7 +288,8 @@ class _TopK:
         log_t = log_t.astype(z.dtype)
         log_s = self.student.log_softmax(z, tau)
         rest = self.student.only_real(log_s, -jnp.inf)
-        rest = jnp.put_along_axis(rest, ids, -jnp.inf, axis=-1, inplace=False)
+        # Row by row, which keeps rows that are spread over devices where they are.
+        rest = jax.vmap(jax.vmap(lambda row, at: row.at[at].set(-jnp.inf)))(rest, ids)
         log_rest = jax.nn.logsumexp(rest, axis=-1)
         teachers_rest = jnp.maximum(-jnp.expm1(jax.nn.logsumexp(log_t, axis=-1)), 0.0)
         top = _forward_kl(log_t, jnp.take_along_axis(log_s, ids, axis=-1))

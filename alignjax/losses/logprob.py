@@ -72,8 +72,8 @@ def next_token_logps(
         `default_chunk_size` of the rows on one of them: each chunk sums the gradient of the
         unembedding over all devices.
       with_entropy, with_log_normalizer, with_mean_logp, with_log_collision: what else to compute.
-      top_k: how many of the most likely tokens to return. Where the vocabulary is spread over
-        devices, this alone gathers the logits, of a chunk at a time.
+      top_k: how many of the most likely tokens to return. This alone may gather logits that are
+        spread over devices, by rows or vocabulary, a chunk at a time: the compiler's top-k does.
     Returns:
       TokenLogps of [B, T] arrays. Logits, log-softmax and sums are float32 whatever the inputs
       (float64 if hidden is).

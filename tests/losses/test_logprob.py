@@ -1,5 +1,7 @@
 """Chunked log-probs against loops in float64, and what they must never do: hold [B, T, V]."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -314,6 +316,253 @@ def test_gradient_accumulation_by_scan():
     np.testing.assert_allclose(split, whole, rtol=1e-5, atol=1e-5)
 
 
+EVERYTHING = {
+    "with_entropy": True,
+    "with_log_normalizer": True,
+    "with_mean_logp": True,
+    "with_log_collision": True,
+    "top_k": 3,
+}
+"""Asks for all statistics."""
+OPTIONS = [{}, {"soft_cap": 2.0, "vocab_size": 15}]
+
+
+def statistics_oracle(hidden, unembedding, tokens, mask, soft_cap=None, vocab_size=None):
+    """Each statistic of the distribution that token t was drawn from, in the order of TokenLogps.
+
+    Arguments of `np.exp` are small here: no care for overflow obscures the definitions.
+    """
+    h, w = np.asarray(hidden, np.float64), np.asarray(unembedding, np.float64)
+    out = [np.zeros(mask.shape) for _ in range(6)]
+    out += [np.zeros((*mask.shape, 3)), np.zeros((*mask.shape, 3), int)]
+    for b, t in zip(*np.nonzero(mask[:, 1:]), strict=True):
+        z, y = (h[b, t] @ w)[:vocab_size], tokens[b, t + 1]
+        if soft_cap is not None:
+            z = soft_cap * np.tanh(z / soft_cap)
+        p = np.exp(z / TAU) / sum(np.exp(z / TAU))
+        best = sorted(range(len(z)), key=lambda v: -p[v])[:3]
+        terms = (
+            np.log(p[y]),
+            -sum(p * np.log(p)),
+            y == best[0],
+            np.log(sum(np.exp(z / TAU))),
+            sum(np.log(p)) / len(p),
+            np.log(sum(p**2)),
+            np.log(p[best]),
+            best,
+        )
+        for x, term in zip(out, terms, strict=True):
+            x[b, t + 1] = term
+    return out
+
+
+def small(vocab_size=None, **options):
+    """As `batch`, with tokens of the real vocabulary, and weights for each statistic in turn."""
+    hidden, unembedding, tokens, mask, _ = batch(3, (3, 7), **options)
+    limit = V if vocab_size is None else vocab_size
+    tokens = np.where(mask & (tokens >= limit), tokens % limit, tokens).astype(np.int32)
+    weights = np.random.default_rng(8).normal(size=(6, 3, 7))
+    return hidden, unembedding, tokens, mask, weights
+
+
+def weighted(results, weights):
+    """[6]: each statistic that has a gradient, summed with weights."""
+    floats = [x for i, x in enumerate(results) if i not in (2, 7)]
+    return [(x.T * w.T).sum() for x, w in zip(floats, weights, strict=True)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_statistics_against_loops(options):
+    hidden, unembedding, tokens, mask, _ = small(options.get("vocab_size"))
+    out = next_token_logps(
+        hidden, unembedding, tokens, mask, temperature=TAU, chunk_size=2, **EVERYTHING, **options
+    )
+    expected = statistics_oracle(hidden, unembedding, tokens, mask, **options)
+    for name, x, y in zip(out._fields, out, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert out.top_ids.dtype == jnp.int32 and out.mean_logps.dtype == jnp.float32
+    plain = next_token_logps(hidden, unembedding, tokens, mask, **options)
+    assert [name for name, x in plain._asdict().items() if x is not None] == ["logps", "is_argmax"]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradients_of_statistics_against_finite_differences(options):
+    """In float64, by hidden states and unembedding, along a random direction."""
+    hidden, unembedding, tokens, mask, weights = small(options.get("vocab_size"), dirty=False)
+    rng, step = np.random.default_rng(4), 1e-5
+    args = [hidden.astype(np.float64), unembedding.astype(np.float64)]
+    directions = [rng.normal(size=x.shape) for x in args]
+
+    def oracle_at(distance):
+        moved = [x + distance * d for x, d in zip(args, directions, strict=True)]
+        return np.array(weighted(statistics_oracle(*moved, tokens, mask, **options), weights))
+
+    def ours(h, w):
+        out = next_token_logps(
+            h, w, tokens, mask, temperature=TAU, chunk_size=3, **EVERYTHING, **options
+        )
+        return jnp.stack(weighted(out, weights))
+
+    with jax.enable_x64(True):
+        by_h, by_w = jax.jit(jax.jacrev(ours, (0, 1)))(*map(jnp.asarray, args))
+        by_h, by_w = np.asarray(by_h), np.asarray(by_w)
+    assert by_h.dtype == by_w.dtype == np.float64
+    slopes = np.sum(by_h * directions[0], (1, 2, 3)) + np.sum(by_w * directions[1], (1, 2))
+    np.testing.assert_allclose(slopes, (oracle_at(step) - oracle_at(-step)) / (2 * step), rtol=1e-7)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradients_of_statistics_equal_the_naive_version(options, is_tied):
+    """By an unembedding of its own, or by the embedding that also makes the hidden states."""
+    _, embedding, tokens, mask, weights = small(options.get("vocab_size"), dirty=False)
+    table, mask = jnp.asarray(embedding.T), mask & (np.arange(7) > 0)
+    mixed = np.random.default_rng(6).normal(size=(D, D)).astype(np.float32)
+
+    def naive(hidden, w):
+        z = (hidden[:, :-1] @ w)[..., : options.get("vocab_size", V)]
+        if cap := options.get("soft_cap"):
+            z = cap * jnp.tanh(z / cap)
+        log_p, p = jax.nn.log_softmax(z / TAU), jax.nn.softmax(z / TAU)
+        out = [
+            jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=2)[..., 0],
+            -jnp.sum(p * log_p, axis=-1),
+            None,
+            jax.nn.logsumexp(z / TAU, axis=-1),
+            jnp.mean(log_p, axis=-1),
+            jnp.log(jnp.sum(p**2, axis=-1)),
+            jax.lax.top_k(log_p, 3)[0],
+            None,
+        ]
+        on = mask[:, 1:]
+        out = [
+            x if x is None else jnp.where(on if x.ndim == 2 else on[..., None], x, 0.0) for x in out
+        ]
+        return jnp.stack(weighted(out, weights[..., 1:]))
+
+    def ours(hidden, w):
+        out = next_token_logps(
+            hidden, w, tokens, mask, temperature=TAU, chunk_size=3, **EVERYTHING, **options
+        )
+        return jnp.stack(weighted(out, weights))
+
+    def gradients(of):
+        def total(table, w):
+            return of(jnp.tanh(table[tokens] @ mixed), table.T if is_tied else w)
+
+        return jax.jit(jax.jacrev(total, (0, 1)))(table, jnp.asarray(embedding))
+
+    for a, b in zip(gradients(ours), gradients(naive), strict=True):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
+    assert (gradients(ours)[1] == 0).all() == is_tied
+
+
+def test_statistics_by_hand():
+    """Two tokens of probability 3/4 and 1/4, and a third entry that is padding."""
+    hidden, unembedding = jnp.ones((1, 2, 1)), jnp.array([[np.log(3.0), 0.0, 9.0]])
+    tokens, on = jnp.array([[2, 1]]), jnp.ones((1, 2), bool)
+    options = EVERYTHING | {"top_k": 2}
+    out = next_token_logps(hidden, unembedding, tokens, on, vocab_size=2, **options)
+    expected = {
+        "logps": np.log(1 / 4),
+        "entropies": -(3 / 4 * np.log(3 / 4) + 1 / 4 * np.log(1 / 4)),
+        "is_argmax": False,
+        "log_normalizers": np.log(3 + 1),
+        "mean_logps": (np.log(3 / 4) + np.log(1 / 4)) / 2,
+        "log_collisions": np.log(9 / 16 + 1 / 16),
+        "top_logps": np.log([3 / 4, 1 / 4]),
+        "top_ids": [0, 1],
+    }
+    for name, x in expected.items():
+        np.testing.assert_allclose(getattr(out, name)[0, 1], x, rtol=1e-6, err_msg=name)
+    # 2 tanh(9 / 2) = 1.9995..: the cap comes first, then the temperature.
+    out = next_token_logps(
+        hidden, unembedding, tokens, on, soft_cap=2.0, temperature=0.5, with_log_normalizer=True
+    )
+    capped = 2 * np.tanh(np.array([np.log(3), 0, 9]) / 2)
+    np.testing.assert_allclose(
+        out.log_normalizers[0, 1], np.log(sum(np.exp(capped / 0.5))), rtol=1e-6
+    )
+
+
+def test_padding_of_the_vocabulary_is_as_if_it_were_not_there():
+    hidden, unembedding, tokens, mask, weights = small(15)
+    tokens[1] = np.nan_to_num(np.roll(hidden[1] @ unembedding, 1, axis=0))[:, :15].argmax(axis=1)
+    unembedding[:, 15:] = 1e3
+
+    def ours(w, **options):
+        out = next_token_logps(hidden, w, tokens, mask, **EVERYTHING, **options)
+        return sum(weighted(out, weights)), out
+
+    (_, padded), grad = jax.value_and_grad(ours, has_aux=True)(unembedding, vocab_size=15)
+    (_, cut), expected = jax.value_and_grad(ours, has_aux=True)(unembedding[:, :15])
+    for x, y in zip(padded, cut, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grad[:, :15], expected, rtol=1e-5, atol=1e-5)
+    assert (grad[:, 15:] == 0).all() and (padded.top_ids < 15).all()
+    assert padded.is_argmax[1, 1:].all()
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"soft_cap": 30.0, "temperature": 0.1}])
+def test_statistics_of_extreme_logits_are_finite(options):
+    hidden, unembedding, tokens, mask, weights = small(options.get("vocab_size"))
+
+    def loss(h, w):
+        out = next_token_logps(h, w, tokens, mask, **EVERYTHING, **options)
+        return sum(weighted(out, weights)), out
+
+    for scale in (1e4, 1e8):
+        grads, out = jax.grad(loss, (0, 1), has_aux=True)(scale * hidden, unembedding)
+        for x in (*out, *grads):
+            assert jnp.isfinite(x).all()
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.parametrize("shape", [(4, 2), (1, 8)])
+def test_statistics_on_eight_devices(shape, top_k):
+    """Rows and vocabulary stay where they are; only top_k gathers, and no more than a chunk."""
+    mesh = jax.make_mesh(shape, ("data", "tensor"), (AxisType.Auto,) * 2, devices=jax.devices()[:8])
+    hidden, unembedding, tokens, mask, _ = batch(vocab=24)
+    args = hidden, unembedding, np.where(mask, tokens % 21, tokens).astype(np.int32), mask
+    spread = [
+        jax.device_put(x, NamedSharding(mesh, P(None, "tensor") if i == 1 else P("data")))
+        for i, x in enumerate(args)
+    ]
+    options = EVERYTHING | {"top_k": top_k, "vocab_size": 21, "soft_cap": 3.0, "chunk_size": 4}
+
+    def loss(*args):
+        out = next_token_logps(*args, **options)
+        floats = [x for x in out if x is not None and x.dtype == jnp.float32]
+        return sum(i * jnp.sum(x) for i, x in enumerate(floats, 1)), out
+
+    grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    compiled = grad.lower(*spread).compile()
+    for a, b in zip(jax.tree.leaves(compiled(*spread)), jax.tree.leaves(grad(*args)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(b).max()))
+    text = compiled.as_text()
+    gathered = set(re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text))
+    assert gathered <= ({f"{B // shape[0]},4,24", f"{B},4,24"} if top_k else set())
+    assert "all-to-all" not in text and "collective-permute" not in text
+
+
+def test_peak_memory_follows_the_chunk():
+    def temporary(time, chunk_size):
+        h, w = jnp.zeros((2, time, 4)), jnp.zeros((4, 1001))
+        tokens, mask = jnp.zeros((2, time), jnp.int32), jnp.ones((2, time), bool)
+
+        def loss(h, w):
+            out = next_token_logps(h, w, tokens, mask, chunk_size=chunk_size, **EVERYTHING)
+            return sum(jnp.sum(x) for x in out if x.dtype == jnp.float32)
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(h, w).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / (2 * 1001 * 4)
+
+    short, long, wide = temporary(256, 32), temporary(1024, 32), temporary(1024, 64)
+    # In rows of logits for each row of the batch: 768 time steps more cost less than 32 of them.
+    assert long - short < 32 and 2 * 32 < wide - long < 8 * 32
+
+
 def test_errors():
     h, w, tokens = jnp.ones((2, 4, 3)), jnp.ones((3, 5)), jnp.zeros((2, 4), jnp.int32)
     on = tokens == 0
@@ -328,6 +577,16 @@ def test_errors():
             next_token_logps(h[empty], w, tokens[empty], on[empty])
     with pytest.raises(ValueError, match="chunk_size=0"):
         next_token_logps(h, w, tokens, on, chunk_size=0)
+    for name, wrong in (
+        ("soft_cap", (0.0, -1.0, float("nan"))),
+        ("vocab_size", (0, 6)),
+        ("top_k", (-1, 6)),
+    ):
+        for value in wrong:
+            with pytest.raises(ValueError, match=f"{name}={value}: expected"):
+                next_token_logps(h, w, tokens, on, **{name: value})
+    with pytest.raises(ValueError, match="top_k=5: expected 0 to 4"):
+        next_token_logps(h, w, tokens, on, vocab_size=4, top_k=5)
     for args in (
         (h, w.T, tokens, on),
         (h, w, tokens[:, :3], on),
