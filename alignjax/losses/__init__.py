@@ -50,6 +50,19 @@ from alignjax.losses.preference import (
     soft_dpo,
     wpo,
 )
+from alignjax.losses.presets import (
+    ADVANTAGES,
+    KL_ESTIMATORS,
+    LEVELS,
+    PRESETS,
+    REDUCTIONS,
+    SURROGATES,
+    TOKEN_ADVANTAGES,
+    Algorithm,
+    Outcomes,
+    PolicyLoss,
+    policy_loss,
+)
 from alignjax.losses.ratio import (
     masked_weight,
     off_policy_sequence_mask,
@@ -101,8 +114,18 @@ from alignjax.losses.unpaired import (
 from alignjax.losses.value import ValueLoss, clipped_value_loss
 
 __all__ = [
+    "ADVANTAGES",
+    "KL_ESTIMATORS",
+    "LEVELS",
+    "PRESETS",
+    "REDUCTIONS",
+    "SURROGATES",
+    "TOKEN_ADVANTAGES",
+    "Algorithm",
     "Gae",
+    "Outcomes",
     "Pairs",
+    "PolicyLoss",
     "RunningMoments",
     "SequenceLogps",
     "Surrogate",
@@ -177,6 +200,7 @@ __all__ = [
     "overlong_penalty",
     "pass_at_k",
     "plackett_luce",
+    "policy_loss",
     "ppo_clip",
     "process_reward",
     "regression",

@@ -1,7 +1,7 @@
-"""RL with group-relative advantages: GRPO, Dr. GRPO and DAPO as presets over lists of functions."""
+"""RL with group-relative advantages: GRPO and its family, as presets over lists of functions."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,6 @@ from alignjax.train.optim import make_optimizer
 from alignjax.train.state import TrainState, create_state
 from alignjax.train.step import Batch, Metrics, make_step
 
-ADVANTAGES = {"zscore": losses.group_zscore, "center": losses.group_center}
-KL_ESTIMATORS = {"k1": losses.k1, "k2": losses.k2, "k3": losses.k3}
-REDUCTIONS: dict[str, Callable[[Array, Batch, int], Weighted]] = {
-    "sequence_mean": lambda x, b, _: losses.sequence_mean(x, b["mask"], b["segment_ids"]),
-    "token_mean": lambda x, b, _: losses.token_mean(x, b["mask"]),
-    "fixed_length": lambda x, b, n: losses.fixed_length(x, b["mask"], b["segment_ids"], max_len=n),
-}
-
 
 def grpo_loss(
     model: Model,
@@ -60,15 +52,17 @@ def grpo_loss(
     """Clipped surrogate, plus the KL where the batch has reference log-probs, over token rows."""
     out = score_tokens(model, params, batch, num_shards=num_shards, temperature=temperature)
     mask, old_logps = batch["mask"], batch["old_logps"]
-    surrogate = losses.ppo_clip(
+    found = losses.policy_loss(
+        algorithm.algorithm,
         out.logps,
         old_logps,
+        batch.get("ref_logps"),
         batch["advantages"],
         mask,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
+        batch["segment_ids"],
+        max_len=max_tokens,
     )
-    loss = surrogate.loss
+    surrogate = found.surrogate
     log_ratio = jax.lax.stop_gradient(token_log_ratio(out.logps, old_logps, mask))
     difference, ratio = jnp.abs(log_ratio), capped_exp(log_ratio)
     assert out.entropies is not None
@@ -85,11 +79,9 @@ def grpo_loss(
         "sampling/importance_sampling_ratio/mean": losses.token_mean(ratio, mask),
         "sampling/importance_sampling_ratio/max": Maximum(jnp.max(ratio, initial=0.0, where=mask)),
     }
-    if "ref_logps" in batch:
-        kl = KL_ESTIMATORS[algorithm.kl_estimator](out.logps, batch["ref_logps"], mask)
-        loss = loss + algorithm.kl_coef * kl
-        metrics["kl"] = losses.token_mean(kl, mask)
-    return REDUCTIONS[algorithm.reduction](loss, batch, max_tokens), metrics
+    if found.kl is not None:
+        metrics["kl"] = losses.token_mean(found.kl, mask)
+    return found.loss, metrics
 
 
 class Grpo:
@@ -235,32 +227,42 @@ class Grpo:
 
     def _sequences(self, rounds: list[Rollouts]) -> list[dict[str, np.ndarray]]:
         """The samples that are trained on, each as arrays over its tokens."""
-        algorithm, group = self._config.algorithm, self._sampling.num_samples
-        sequences, num_groups = [], 0
-        for r in rounds:
-            rewards = r.rewards
-            if algorithm.overlong_frac > 0:
-                buffer = max(1, round(algorithm.overlong_frac * self._sampling.max_tokens))
-                penalty = losses.overlong_penalty(
-                    jnp.asarray(r.completions.lengths, jnp.int32),
-                    max_len=self._sampling.max_tokens,
-                    buffer=buffer,
-                )
-                rewards = rewards + np.asarray(penalty).reshape(rewards.shape)
-            is_valid = np.isfinite(rewards)
-            advantages = np.asarray(
-                ADVANTAGES[algorithm.advantage](jnp.asarray(rewards), jnp.asarray(is_valid))
+        algorithm, size = self._config.algorithm, self._sampling.num_samples
+        rewards = np.concatenate([r.rewards for r in rounds])
+        is_used = np.isfinite(rewards).any(1)
+        if algorithm.dynamic_sampling:
+            is_used = is_informative(rewards)
+        groups = [(r, i) for r in rounds for i in range(len(r.tasks))]
+        chosen = [groups[n] for n in np.flatnonzero(is_used)[: self._config.rollout.num_prompts]]
+        outcomes = self._outcomes(chosen)
+        advantages = np.asarray(losses.ADVANTAGES[algorithm.advantage](outcomes))
+        return [
+            _sequence(r, i * size + g, r.tasks[i].tokens, advantages[n, g])
+            for n, (r, i) in enumerate(chosen)
+            for g in np.flatnonzero(outcomes.is_valid[n])
+        ]
+
+    def _outcomes(self, chosen: list[tuple[Rollouts, int]]) -> losses.Outcomes:
+        """Of group i of a round each, always in the same shapes: what is missing is not valid."""
+        config = self._config
+        shape = config.rollout.num_prompts, self._sampling.num_samples
+        rewards, lengths = np.full(shape, np.nan, np.float32), np.zeros(shape, np.int32)
+        parts = np.zeros((*shape, len(config.rewards.functions)), np.float32)
+        for n, (r, i) in enumerate(chosen):
+            rewards[n] = r.rewards[i]
+            lengths[n] = r.completions.lengths.reshape(r.rewards.shape)[i]
+            for k, (name, function) in enumerate(config.rewards.functions.items()):
+                parts[n, :, k] = function.weight * r.part(name)[i]
+        is_valid = np.isfinite(rewards)
+        if config.algorithm.overlong_frac > 0:
+            limit = self._sampling.max_tokens
+            penalty = losses.overlong_penalty(
+                jnp.asarray(lengths),
+                max_len=limit,
+                buffer=max(1, round(config.algorithm.overlong_frac * limit)),
             )
-            is_used = is_informative(r.rewards) if algorithm.dynamic_sampling else is_valid.any(1)
-            for i in np.flatnonzero(is_used):
-                if num_groups == self._config.rollout.num_prompts:
-                    break
-                num_groups += 1
-                for g in np.flatnonzero(is_valid[i]):
-                    sequences.append(
-                        _sequence(r, i * group + g, r.tasks[i].tokens, advantages[i, g])
-                    )
-        return sequences
+            rewards = rewards + np.asarray(penalty)
+        return losses.Outcomes(*map(jnp.asarray, (rewards, is_valid, lengths, parts)))
 
     def _batches(
         self, state: TrainState, sequences: list[dict[str, np.ndarray]], step: int

@@ -1,41 +1,57 @@
 """What can be set of the RL phase, and the presets that name a paper."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from alignjax import losses
 from alignjax.core.config import Config
 from alignjax.data import TextConfig
 from alignjax.phases.common import PhaseConfig
 from alignjax.rewards.combine import RewardConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "grpo": {"advantage": "zscore", "reduction": "sequence_mean", "kl_coef": 0.04},
-    "dr_grpo": {"advantage": "center", "reduction": "fixed_length"},
-    "dapo": {
-        "advantage": "zscore",
-        "reduction": "token_mean",
-        "clip_high": 0.28,
-        "dynamic_sampling": True,
-        "overlong_frac": 0.2,
-    },
-}
-"""GRPO arXiv:2402.03300 sec. 4.2, Dr. GRPO arXiv:2503.20783, DAPO arXiv:2503.14476 sec. 4.1."""
+    name: {} for name in (
+        "grpo", "dr_grpo", "bnpo", "gspo", "gmpo", "cispo", "sapo", "reinforce_pp_baseline", "opo",
+        "gdpo", "gpg",
+    )
+} | {"dapo": {"dynamic_sampling": True, "overlong_frac": 0.2}}  # fmt: skip
+"""Those of `losses.PRESETS` whose KL is in the loss and whose advantage is that of a group, with
+what each asks of the phase besides (DAPO: arXiv:2503.14476 sec. 3.2 and 3.4)."""
+
+HYPERPARAMETERS = ("clip_low", "clip_high", "dual", "tau_pos", "tau_neg")
 
 
 class AlgorithmConfig(Config):
-    """A preset, any part of which may be set otherwise."""
+    """A preset, any part of which may be set otherwise. Names are those of `alignjax.losses`."""
 
-    preset: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    advantage: Literal["zscore", "center"]
-    """zscore divides by the standard deviation of the group, center does not."""
-    reduction: Literal["sequence_mean", "token_mean", "fixed_length"]
-    """Mean over sequences of token means; mean over all tokens; or over the longest possible."""
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.2, ge=0)
+    preset: str = "grpo"
+    """One of PRESETS."""
+    advantage: str
+    """How a completion compares with its group; one of `losses.ADVANTAGES`, but for remax."""
+    level: str
+    """What a ratio is of: a token or a sequence; one of `losses.LEVELS`."""
+    surrogate: str
+    """What is made of ratio and advantage; one of `losses.SURROGATES`."""
+    reduction: str
+    """What tokens are averaged over; one of `losses.REDUCTIONS`."""
+    clip_low: float | None = None
+    """Width of the trust region below a ratio of 1; null for surrogates that do not clip."""
+    clip_high: float | None = None
+    """The same above."""
+    dual: float | None = None
+    """Of dual_clip: limit of the ratio where the advantage is negative."""
+    tau_pos: float | None = None
+    """Of sapo: how fast the weight of a token falls off where the advantage is positive."""
+    tau_neg: float | None = None
+    """The same where it is negative."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL to the reference in the loss; 0 needs no reference."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: str = "k3"
+    """One of `losses.KL_ESTIMATORS`."""
     reference_every: int = Field(0, ge=0)
     """Iterations after which the policy becomes the reference; 0 keeps the first one for good."""
     num_updates: int = Field(1, ge=1)
@@ -57,7 +73,42 @@ class AlgorithmConfig(Config):
         preset = values.get("preset", "grpo")
         # Of an unknown one nothing follows, and nothing but that is to be complained about.
         known = preset if isinstance(preset, str) and preset in PRESETS else "grpo"
-        return PRESETS[known] | values
+        chosen = losses.PRESETS[known]
+        named = {name: getattr(chosen, name) for name in ("advantage", "level", "surrogate")}
+        named |= {"reduction": chosen.reduction, "kl_coef": chosen.kl_coef}
+        if chosen.kl_coef:
+            named["kl_estimator"] = chosen.kl
+        values = {**named, **PRESETS[known], **values}
+        surrogate = values["surrogate"]
+        if surrogate in losses.SURROGATES:
+            # Written out, so that what a run saves is what it reads back.
+            defaults = keyword_defaults(getattr(losses, surrogate))
+            options = chosen.options if surrogate == chosen.surrogate else {}
+            values = {**defaults, **options, **values}
+        return values
+
+    @field_validator("preset")
+    @classmethod
+    def _is_preset(cls, preset: str) -> str:
+        if preset not in PRESETS:
+            raise ValueError(f"{preset!r}: expected one of {', '.join(PRESETS)}")
+        return preset
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> Self:
+        algorithm = self.algorithm
+        if self.advantage not in losses.ADVANTAGES or self.advantage == "remax":
+            known = [name for name in losses.ADVANTAGES if name != "remax"]
+            raise ValueError(f"advantage={self.advantage!r}: expected one of {', '.join(known)}")
+        given = {name for name in HYPERPARAMETERS if getattr(self, name) is not None}
+        taken = keyword_defaults(getattr(losses, self.surrogate))
+        if given - taken.keys():
+            raise ValueError(
+                f"surrogate={self.surrogate!r} has no {', '.join(sorted(given - taken.keys()))}; "
+                f"it has {', '.join(taken) or 'no hyperparameters'}"
+            )
+        losses.SURROGATES[self.surrogate](*_ONE_TOKEN, **algorithm.options)  # raises on bad values
+        return self
 
     @model_validator(mode="after")
     def _has_reference(self) -> Self:
@@ -67,6 +118,36 @@ class AlgorithmConfig(Config):
                 "reference; give both, or neither"
             )
         return self
+
+    @property
+    def algorithm(self) -> losses.Algorithm:
+        """The same, as `losses.policy_loss` takes it.
+
+        Raises:
+          ValueError: on a name that is in no list.
+        """
+        options = {name: getattr(self, name) for name in HYPERPARAMETERS}
+        return losses.Algorithm(
+            advantage=self.advantage,
+            level=self.level,
+            surrogate=self.surrogate,
+            reduction=self.reduction,
+            kl=self.kl_estimator,
+            kl_coef=self.kl_coef,
+            options={name: value for name, value in options.items() if value is not None},
+        )
+
+
+def keyword_defaults(function: Callable[..., Any]) -> dict[str, float]:
+    """Keyword-only parameters of a surrogate and their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+_ONE_TOKEN = (
+    *(np.zeros((1, 1), np.float32) for _ in range(3)), np.ones((1, 1), bool),
+    np.ones((1, 1), np.int32),
+)  # fmt: skip
 
 
 class RolloutConfig(Config):

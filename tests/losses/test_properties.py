@@ -24,19 +24,54 @@ from tests.losses.arguments import Argument
 from tests.losses.layouts import LENGTHS, OTHERS, PLAIN, lay_out, starts, targets
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "clip_cov_mask": {"key": jax.random.key(0), "frac": 0.2, "cov_low": 0.0},
+    "clip_rewards": {"low": -1.0, "high": 0.5},
     "fixed_length": {"max_len": 16},
+    "kl_cov_mask": {"frac": 0.2},
+    "off_policy_sequence_mask": {"max_divergence": 0.1},
+    "pass_at_k": {"k": 2},
+    "sequence_logps": {"num_segments": 3},
+    "token_rewards": {"kl_coef": 0.1},
+    "wpo_weights": {"num_segments": 3},
 }
-"""Hyperparameters that have no default."""
+"""Hyperparameters that have no default, or one at which nothing happens on so small a batch."""
 
-NOT_OF_ARRAYS: dict[str, str] = {
+NOT_OF_ARRAYS = {
+    "init_moments": "a state; tests/losses/test_shaping.py",
+    "mixture": "of other losses, which are tested here",
+    "normalize_rewards": "takes a state; tests/losses/test_shaping.py",
     "overlong_penalty": "of each length by itself; nothing is masked",
+    "policy_loss": "takes an algorithm; tests/losses/test_presets.py tests each preset",
+    "update_moments": "takes a state; tests/losses/test_shaping.py",
 }
-"""Functions without a mask, and why none of this applies to them."""
+"""Functions that none of this applies to, and why."""
 
-WHOLE_BATCH: dict[str, str] = {}
+WHOLE_BATCH = {
+    "aot": "sorts the margins of all pairs",
+    "aot_unpaired": "sorts the log-ratios of all pairs",
+    "clip_cov_mask": "draws a share of all tokens",
+    "gdpo": "whitens over all samples",
+    "global_whiten": "whitens over all tokens",
+    "gpg": "scales by the share of groups that agree",
+    "kl_cov_mask": "takes a share of all tokens",
+    "micro_batch_mean": "is the mean over what it is given",
+    "reinforce_pp": "whitens over all tokens",
+    "reinforce_pp_baseline": "whitens over all samples",
+    "token_covariance": "centers over all tokens",
+    "top_entropy_mask": "takes a share of all tokens",
+}
 """Functions whose definition is over the whole batch: a split must change them."""
 
-BY_PLACE: dict[str, str] = {}
+NO_GRADIENT = {
+    "implicit_rewards": "are metrics",
+    "off_policy_sequence_mask": "is a mask",
+    "token_covariance": "ranks tokens",
+    "top_entropy_mask": "is a mask",
+    "wpo_weights": "are weights",
+}
+"""Functions that stop the gradient of an argument that carries it in others."""
+
+BY_PLACE = {"clip_cov_mask": "draws by place in the batch"}
 """Functions whose result depends on where in the batch a token stands."""
 
 D, V, K = 5, 11, 3
@@ -68,7 +103,7 @@ def test_every_function_is_of_a_kind():
         assert {"is_valid", "pairs"} & set(arguments.names(FUNCTIONS[name])), (
             f"{name} has neither mask, is_valid nor pairs: say why in NOT_OF_ARRAYS"
         )
-    listed = {*OPTIONS, *NOT_OF_ARRAYS, *WHOLE_BATCH, *BY_PLACE}
+    listed = {*OPTIONS, *NOT_OF_ARRAYS, *WHOLE_BATCH, *NO_GRADIENT, *BY_PLACE}
     assert listed <= set(losses.__all__), "a function listed here does not exist"
 
 
@@ -156,7 +191,7 @@ def test_layout_does_not_matter(name):
 # --- all kinds: a batch is a dict of arrays ------------------------------------------------------
 
 
-def batch(name: str, dirty: bool = True) -> dict[str, Any]:
+def batch(name: str) -> dict[str, Any]:
     """A batch of 8: token rows, examples, groups or pairs; `pairs` is a dict of arrays."""
     if name in TOKENS:
         return rows(name)
@@ -164,20 +199,27 @@ def batch(name: str, dirty: bool = True) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arguments, "SIZES", sizes)
         args = arguments.sampled(function, 5)
-        if dirty:
-            args = arguments.dirtied(function, args, 5)
+        if "rewards" in args:
+            args["rewards"][0] = 1.0  # one group that agrees
+        args = arguments.dirtied(function, args, 5)
     return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, args)
 
 
+UNTYPED = ("mask", "segment_ids", "is_valid", "pairs")
+
+
 def has_batch_axis(name: str, argument: str) -> bool:
-    return argument in ("mask", "segment_ids", "is_valid", "pairs") or what(
-        name, argument
-    ).axes.startswith(("B", "N"))
+    return argument in UNTYPED or what(name, argument).axes.startswith(("B", "N"))
 
 
 def of_rows(name: str, args: dict[str, Any], change: Callable[[np.ndarray], Any]) -> dict[str, Any]:
     """`change` on everything that has a batch axis."""
     return {k: jax.tree.map(change, x) if has_batch_axis(name, k) else x for k, x in args.items()}
+
+
+@functools.cache
+def compiled(name: str) -> Callable[[dict[str, Any]], Any]:
+    return jax.jit(apply(name))
 
 
 def apply(name: str) -> Callable[[dict[str, Any]], Any]:
@@ -196,6 +238,7 @@ def floats(args: Any) -> Any:
     return jax.tree.map(lambda x: x if np.issubdtype(x.dtype, np.floating) else None, args)
 
 
+@functools.cache
 def gradient(name: str) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
     """Batch -> (results, gradients of their sum by each float array)."""
 
@@ -209,7 +252,7 @@ def gradient(name: str) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
             kept = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
             # In unequal parts, so that no error of one entry cancels that of another.
             weights = [jnp.cos(1.0 + jnp.arange(x.size)).reshape(x.shape) for x in kept]
-            return sum((w * x).sum() for w, x in zip(weights, kept, strict=True)), out
+            return sum(((w * x).sum() for w, x in zip(weights, kept, strict=True)), 0.0), out
 
         (_, out), grads = jax.value_and_grad(total, has_aux=True)(floats(args))
         return out, grads
@@ -249,20 +292,14 @@ def test_gradient_flows_only_where_it_should(name):
         for field, (g, of) in named.items():
             assert of.carries_gradient or not np.any(g), f"gradient by {field}"
             flows = flows or bool(np.any(g))
-    out = jax.tree.leaves(apply(name)(args))
-    if name in NO_GRADIENT:
-        assert not flows
-    else:
-        assert flows or not any(jnp.issubdtype(x.dtype, jnp.floating) for x in out)
-
-
-NO_GRADIENT: set[str] = {"group_center", "group_zscore"}
-"""Functions that stop every gradient, although what they return are floats."""
+    arrays = [n for n in arguments.names(FUNCTIONS[name]) if n not in UNTYPED]
+    carries = "pairs" in args or any(what(name, n).carries_gradient for n in arrays)
+    assert flows == (carries and name not in NO_GRADIENT)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_micro_batches_do_not_matter(name):
-    run = jax.jit(apply(name))
+    run = compiled(name)
     args = batch(name)
     whole = run(args)
     parts = [run(of_rows(name, args, lambda x: x[i : i + 2])) for i in range(0, 8, 2)]  # noqa: B023
@@ -279,7 +316,7 @@ def test_micro_batches_do_not_matter(name):
 
 @pytest.mark.parametrize("name", [n for n in ALL if n not in BY_PLACE])
 def test_batch_order_does_not_matter(name):
-    run = jax.jit(apply(name))
+    run = compiled(name)
     args = batch(name)
     order = np.random.default_rng(6).permutation(8)
     whole, moved = run(args), run(of_rows(name, args, lambda x: x[order]))
@@ -342,7 +379,7 @@ def test_bfloat16_is_computed_with_in_float32(name):
         lambda x: jnp.asarray(x, jnp.bfloat16) if np.issubdtype(x.dtype, np.floating) else x, args
     )
     full = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, half)
-    run = jax.jit(apply(name))
+    run = compiled(name)
     out, expected = run(half), run(full)
     same(out, expected, rtol=2e-6)
     for x in jax.tree.leaves(out):
