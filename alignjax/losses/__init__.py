@@ -24,7 +24,6 @@ from alignjax.losses.entropy import (
     top_entropy_mask,
 )
 from alignjax.losses.f_divergence import f_dpo_alpha, f_dpo_forward_kl, f_dpo_js
-from alignjax.losses.gae import Gae, VTrace, gae, reinforce_pp, returns_to_go, vtrace
 from alignjax.losses.kl import k1, k2, k3, weighted_k3
 from alignjax.losses.lm import cross_entropy, dft, label_smoothed, z_loss
 from alignjax.losses.logprob import TokenLogps, next_token_logps
@@ -100,6 +99,7 @@ from alignjax.losses.shaping import (
     token_rewards,
     update_moments,
 )
+from alignjax.losses.trajectory import Gae, VTrace, gae, reinforce_pp, returns_to_go, vtrace
 from alignjax.losses.unpaired import (
     aot,
     aot_unpaired,

@@ -6,11 +6,10 @@ Source of all: arXiv:2309.16240 (f-DPO).
 """
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from alignjax.losses.pairs import Pairs, check_positive, log_ratios, valid
-from alignjax.losses.ratio import MAX_LOG
+from alignjax.losses.ratio import straight_expm1
 
 
 def f_dpo_forward_kl(pairs: Pairs, *, beta: float = 0.1) -> Array:
@@ -45,12 +44,6 @@ def f_dpo_alpha(pairs: Pairs, *, alpha: float = 0.5, beta: float = 0.1) -> Array
         )
     chosen, rejected = (-straight_expm1(-alpha * x) / alpha for x in log_ratios(pairs))
     return _loss(pairs, chosen, rejected, beta)
-
-
-def straight_expm1(x: Array) -> Array:
-    """exp(x) - 1 up to x = 20, beyond it the tangent there: it never overflows nor loses slope."""
-    low = jnp.where(x > MAX_LOG, MAX_LOG, x)
-    return jnp.expm1(low) + jnp.exp(low) * (x - low)
 
 
 def _loss(pairs: Pairs, chosen: Array, rejected: Array, beta: float) -> Array:

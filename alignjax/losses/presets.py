@@ -14,7 +14,7 @@ from jax import Array
 from alignjax.core.types import Weighted
 from alignjax.losses import advantage, clip, kl, ratio, reduce
 from alignjax.losses.clip import Surrogate
-from alignjax.losses.gae import gae, reinforce_pp
+from alignjax.losses.trajectory import gae, reinforce_pp
 
 
 class Outcomes(NamedTuple):

@@ -41,6 +41,12 @@ def capped_exp(x: Array) -> Array:
     return jnp.exp(jnp.where(x > MAX_LOG, MAX_LOG, x))
 
 
+def straight_expm1(x: Array) -> Array:
+    """exp(x) - 1 up to x = 20, beyond it the tangent there: it never overflows nor loses slope."""
+    low = jnp.where(x > MAX_LOG, MAX_LOG, x)
+    return jnp.expm1(low) + jnp.exp(low) * (x - low)
+
+
 def token_level(logp: Array, mask: Array, segment_ids: Array) -> Array:
     """logp itself: each token has its own ratio, as in PPO and GRPO.
 

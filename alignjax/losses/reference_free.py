@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from alignjax.losses.f_divergence import straight_expm1
 from alignjax.losses.pairs import Pairs, check_positive, per_token, policy_logps, valid
+from alignjax.losses.ratio import straight_expm1
 
 MAX_MEAN_LOGP = -1e-6
 """Nats. At a probability of 1 the odds are infinite: they stop growing this short of it."""

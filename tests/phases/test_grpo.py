@@ -3,6 +3,7 @@
 The whole with a real sampler is in test_grpo_runs.py.
 """
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from alignjax import losses
 from alignjax.core.errors import UserError
 from alignjax.core.types import LENGTH, STOP, Completions, Score
 from alignjax.data import pack
@@ -21,7 +23,7 @@ from alignjax.losses import next_token_logps
 from alignjax.models import Model, ModelConfig, save
 from alignjax.phases import common, grpo
 from alignjax.phases.grpo import Grpo, grpo_loss, is_informative
-from alignjax.phases.grpo_config import AlgorithmConfig, GrpoConfig
+from alignjax.phases.grpo_config import PRESETS, AlgorithmConfig, GrpoConfig, keyword_defaults
 from alignjax.recipes import chains
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.text import load_tokenizer
@@ -224,7 +226,7 @@ def test_too_many_failures_stop_the_run(make):
         collect(make(rewards, rewards={"max_failure_frac": 0.16}))
 
 
-@pytest.mark.parametrize("advantage", ["zscore", "center"])
+@pytest.mark.parametrize("advantage", ["group_zscore", "group_center"])
 def test_groups_that_agree_give_no_gradient(make, advantage):
     phase = make([[1, 1, 1], [0, 0, 0], [0.3] * 3, [0.7] * 3], algorithm={"advantage": advantage})
     state = phase.init(jax.random.PRNGKey(0))
@@ -239,11 +241,30 @@ def test_groups_that_agree_give_no_gradient(make, advantage):
 
 
 def test_centred_advantages_by_hand(make, watch):
-    phase = watch(make([[1, 0, 0.5]] * 4, algorithm={"advantage": "center"}))
+    phase = watch(make([[1, 0, 0.5]] * 4, algorithm={"advantage": "group_center"}))
     ((_, (batch,)),) = collect(phase)
     found = sequences(batch)
     for (key, _), advantage in zip(sampled(phase), [0.5, -0.5, 0.0] * 4, strict=True):
         np.testing.assert_allclose(found[key][0], advantage, atol=1e-6)
+
+
+def test_advantages_that_need_lengths_parts_or_all_groups(make, watch):
+    rewards = np.array([[1, 0, 0.5], [0, 0, 1], [0.25, 1, 0], [0, 1, 1]])
+    lengths = np.array([[3, 4, 6], [5, 5, 8], [3, 5, 7], [9, 4, 4]])
+    centered = rewards - rewards.mean(1, keepdims=True)
+    parts = np.array([zscore(group) for group in rewards / 2])  # FakeRewards' part is the half
+    expected = {
+        "opo": rewards - (rewards * lengths).sum(1, keepdims=True) / lengths.sum(1, keepdims=True),
+        "reinforce_pp_baseline": centered / centered.std(),
+        "gdpo": parts / parts.std(ddof=1),
+    }
+    for name, advantages in expected.items():
+        phase = watch(make(rewards.tolist(), algorithm={"preset": name, "kl_coef": 0.0}))
+        phase.sampler.lengths = lengths.reshape(-1)
+        ((_, (batch,)),) = collect(phase)
+        found = sequences(batch)
+        for (key, _), value in zip(sampled(phase), advantages.reshape(-1), strict=True):
+            np.testing.assert_allclose(found[key][0], value, rtol=1e-3)
 
 
 def test_what_rewards_print_goes_into_the_directory_of_the_run(make):
@@ -253,7 +274,7 @@ def test_what_rewards_print_goes_into_the_directory_of_the_run(make):
 def test_overlong_penalty_counts_tokens(make, watch):
     """max_tokens 10, of which the last 40%: 4 tokens, -1/4 for each of 7, 8, 9 and 10."""
     phase = watch(make([[1.0] * 6], num_prompts=1, group_size=6,
-                       algorithm={"advantage": "center", "overlong_frac": 0.4}))  # fmt: skip
+                       algorithm={"advantage": "group_center", "overlong_frac": 0.4}))  # fmt: skip
     phase.sampler.lengths = [2, 6, 7, 8, 9, 10]
     ((collected, (batch,)),) = collect(phase)
     rewards = np.array([1, 1, 0.75, 0.5, 0.25, 0])
@@ -548,39 +569,83 @@ def test_without_held_out_problems_there_is_no_evaluation(make):
 # --- configs --------------------------------------------------------------------------------------
 
 
-def test_presets_are_the_papers():
-    values = {
-        name: AlgorithmConfig(preset=name).model_dump() for name in ("grpo", "dr_grpo", "dapo")
-    }
-    common = {
-        "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "kl_estimator": "k3",
-        "reference_every": 0, "num_updates": 1, "num_minibatches": 1, "dynamic_sampling": False,
-        "max_rounds": 4, "overlong_frac": 0.0,
+COMMON = {
+    "advantage": "group_zscore", "level": "token_level", "surrogate": "ppo_clip",
+    "reduction": "token_mean", "clip_low": 0.2, "clip_high": 0.2, "dual": None, "tau_pos": None,
+    "tau_neg": None, "kl_coef": 0.0, "kl_estimator": "k3", "reference_every": 0, "num_updates": 1,
+    "num_minibatches": 1, "dynamic_sampling": False, "max_rounds": 4, "overlong_frac": 0.0,
+}  # fmt: skip
+NO_CLIP = {"clip_low": None, "clip_high": None}
+PAPERS = {
+    "grpo": {"reduction": "sequence_mean", "kl_coef": 0.04},
+    "dr_grpo": {"advantage": "group_center", "reduction": "fixed_length"},
+    "bnpo": {"reduction": "micro_batch_mean"},
+    "dapo": {"clip_high": 0.28, "dynamic_sampling": True, "overlong_frac": 0.2},
+    "gspo": {"level": "sequence_mean_level", "reduction": "sequence_mean", "clip_low": 3e-4,
+             "clip_high": 4e-4},
+    "gmpo": {"surrogate": "gmpo", "reduction": "sequence_mean", "clip_low": 0.4, "clip_high": 0.4},
+    "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0},
+    "sapo": {"surrogate": "sapo", "reduction": "sequence_mean", "tau_pos": 1.0, "tau_neg": 1.05,
+             **NO_CLIP},
+    "reinforce_pp_baseline": {"advantage": "reinforce_pp_baseline", "kl_coef": 0.001,
+                              "kl_estimator": "k2"},
+    "opo": {"advantage": "opo", "surrogate": "reinforce", "reduction": "sequence_sum", **NO_CLIP},
+    "gdpo": {"advantage": "gdpo", "reduction": "sequence_mean"},
+    "gpg": {"advantage": "gpg", "surrogate": "reinforce", **NO_CLIP},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_the_papers(preset):
+    config = AlgorithmConfig(preset=preset)
+    assert config.model_dump() == COMMON | {"preset": preset} | PAPERS[preset]
+    # What a run saves is what it reads back, whatever the presets become.
+    assert AlgorithmConfig.model_validate(config.model_dump()) == config
+    in_losses = losses.PRESETS[preset]
+    assert config.algorithm.options == {
+        **keyword_defaults(getattr(losses, in_losses.surrogate)), **in_losses.options,
     }  # fmt: skip
-    assert values["grpo"] == common | {
-        "preset": "grpo", "advantage": "zscore", "reduction": "sequence_mean", "kl_coef": 0.04,
-    }  # fmt: skip
-    assert values["dr_grpo"] == common | {
-        "preset": "dr_grpo", "advantage": "center", "reduction": "fixed_length",
-    }  # fmt: skip
-    assert values["dapo"] == common | {
-        "preset": "dapo", "advantage": "zscore", "reduction": "token_mean", "clip_high": 0.28,
-        "dynamic_sampling": True, "overlong_frac": 0.2,
-    }  # fmt: skip
-    assert AlgorithmConfig().model_dump() == values["grpo"]
+    assert dataclasses.replace(config.algorithm, options=in_losses.options) == in_losses
+
+
+def test_the_default_is_grpo():
+    assert AlgorithmConfig() == AlgorithmConfig(preset="grpo")
 
 
 def test_explicit_values_win_over_the_preset():
     config = AlgorithmConfig(preset="dapo", clip_high=0.5, dynamic_sampling=False, kl_coef=0.01)
     assert (config.clip_high, config.dynamic_sampling, config.kl_coef) == (0.5, False, 0.01)
     assert (config.reduction, config.overlong_frac) == ("token_mean", 0.2)
-    # What a run saves is what it reads back, whatever the presets become.
-    assert AlgorithmConfig.model_validate(config.model_dump()) == config
 
 
-def test_a_preset_that_there_is_not():
-    with pytest.raises(ValidationError, match="'grpo', 'dr_grpo' or 'dapo'"):
-        AlgorithmConfig(preset="ppo")
+def test_another_surrogate_brings_its_own_hyperparameters():
+    config = AlgorithmConfig(preset="gspo", surrogate="sapo", tau_pos=2.0)
+    assert config.algorithm.options == {"tau_pos": 2.0, "tau_neg": 1.05}
+    assert AlgorithmConfig(preset="sapo", surrogate="dual_clip").algorithm.options == {
+        "clip_low": 0.2, "clip_high": 0.2, "dual": 3.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"preset": "ppo"}, "'ppo': expected one of grpo, dr_grpo, .*dapo"),
+        ({"preset": ["grpo"]}, "valid string"),
+        ({"advantage": "zscore"}, "advantage='zscore': expected one of group_zscore"),
+        ({"advantage": "remax"}, "advantage='remax': expected one of group_zscore"),
+        ({"advantage": "gae"}, "advantage='gae': expected one of group_zscore"),
+        ({"surrogate": "clip"}, "surrogate='clip': expected one of ppo_clip"),
+        ({"level": "word"}, "level='word': expected one of token_level"),
+        ({"reduction": "mean"}, "reduction='mean': expected one of token_mean"),
+        ({"kl_estimator": "k4"}, "kl='k4': expected one of k1"),
+        ({"clip_low": 1.5}, "clip_low=1.5, clip_high=0.2: expected 0 <= clip_low < 1"),
+        ({"preset": "sapo", "clip_low": 0.1}, "'sapo' has no clip_low; it has tau_pos, tau_neg"),
+        ({"preset": "opo", "dual": 3.0}, "'reinforce' has no dual; it has no hyperparameters"),
+    ],
+)
+def test_what_is_in_no_list_is_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        AlgorithmConfig(**values)
 
 
 def test_a_group_of_one_is_refused(make):
@@ -733,6 +798,11 @@ def test_without_reference_log_probs_there_is_no_kl(ragged):
     batch = packed_rows(made)
     batch.pop("ref_logps")
     loss, metrics = grpo_loss(
-        model, params, batch, AlgorithmConfig(), temperature=TEMPERATURE, max_tokens=MAX_TOKENS
+        model,
+        params,
+        batch,
+        AlgorithmConfig(kl_coef=0),
+        temperature=TEMPERATURE,
+        max_tokens=MAX_TOKENS,
     )
     assert "kl" not in metrics and np.isfinite(float(loss.total))
