@@ -104,11 +104,17 @@ def distillation(policy_logp, teacher_logp, mask):
     return out
 
 
+def is_informative(rewards, is_valid):
+    kept = [group[valid] for group, valid in zip(rewards, is_valid, strict=True)]
+    return np.array([len(set(group.tolist())) > 1 for group in kept])
+
+
 TestOracles = oracle_tests(
     [
         Case(losses.group_zscore, group_zscore),
         Case(losses.group_zscore, group_zscore, {"ddof": 0, "eps": 0.5}),
         Case(losses.group_center, group_center),
+        Case(losses.is_informative, is_informative),
         Case(losses.leave_one_out, group_by_group(minus_others)),
         Case(losses.opo, group_by_group(minus_weighted)),
         Case(losses.remax, remax),

@@ -43,6 +43,10 @@ def kwise(scores, ranks, is_valid):
     return out
 
 
+def is_comparable(ranks, is_valid):
+    return np.array([any(comparisons(*both)) for both in zip(ranks, is_valid, strict=True)])
+
+
 def plackett_luce(scores, ranks, is_valid):
     out = np.zeros(len(scores))
     for n in range(len(scores)):
@@ -72,6 +76,7 @@ TestOracles = oracle_tests(
         Case(losses.bradley_terry_margin, with_margin, frozen=True),
         Case(losses.kwise_ranking, kwise),
         Case(losses.plackett_luce, plackett_luce),
+        Case(losses.is_comparable, is_comparable),
         Case(losses.regression, regression, frozen=True),
         Case(losses.process_reward, process_reward, frozen=True),
     ]
