@@ -24,7 +24,9 @@ def test_every_public_loss_has_its_paper():
 
 
 ORACLE_ELSEWHERE = {
+    "adaptive_kl_control": "a state: test_control.py",
     "clip_cov_mask": "draws; test_entropy.py counts what it draws",
+    "fixed_kl_control": "a state: test_control.py",
     "forward_kl": "of hidden states: loops in test_distill.py",
     "init_moments": "a state: test_shaping.py",
     "jsd": "of hidden states: loops in test_distill.py",
@@ -34,6 +36,7 @@ ORACLE_ELSEWHERE = {
     "overlong_penalty": "no mask: test_shaping.py",
     "policy_loss": "of an algorithm: test_presets.py has an oracle of each",
     "reverse_kl": "of hidden states: loops in test_distill.py",
+    "target_kl_control": "a state: test_control.py",
     "top_k_forward_kl": "of hidden states: loops in test_distill.py",
     "update_moments": "a state: test_shaping.py",
 }

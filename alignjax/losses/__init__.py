@@ -15,6 +15,12 @@ from alignjax.losses.advantage import (
     remax,
 )
 from alignjax.losses.clip import Surrogate, cispo, dual_clip, gmpo, ppo_clip, reinforce, sapo
+from alignjax.losses.control import (
+    KlControl,
+    adaptive_kl_control,
+    fixed_kl_control,
+    target_kl_control,
+)
 from alignjax.losses.distill import forward_kl, jsd, reverse_kl, top_k_forward_kl
 from alignjax.losses.entropy import (
     clip_cov_mask,
@@ -123,6 +129,7 @@ __all__ = [
     "TOKEN_ADVANTAGES",
     "Algorithm",
     "Gae",
+    "KlControl",
     "Outcomes",
     "Pairs",
     "PolicyLoss",
@@ -132,6 +139,7 @@ __all__ = [
     "TokenLogps",
     "VTrace",
     "ValueLoss",
+    "adaptive_kl_control",
     "alphapo",
     "aot",
     "aot_unpaired",
@@ -159,6 +167,7 @@ __all__ = [
     "f_dpo_alpha",
     "f_dpo_forward_kl",
     "f_dpo_js",
+    "fixed_kl_control",
     "fixed_length",
     "forward_kl",
     "gae",
@@ -221,6 +230,7 @@ __all__ = [
     "simpo",
     "soft_dpo",
     "sppo",
+    "target_kl_control",
     "token_covariance",
     "token_level",
     "token_mean",

@@ -20,7 +20,7 @@ class KlControl(NamedTuple):
     """[] float32; reward units for each nat."""
 
 
-def fixed(state: KlControl, kl: Array) -> KlControl:
+def fixed_kl_control(state: KlControl, kl: Array) -> KlControl:
     """The coefficient stays as it is.
 
     Args:
@@ -35,13 +35,13 @@ def fixed(state: KlControl, kl: Array) -> KlControl:
     return state
 
 
-def adaptive(
+def adaptive_kl_control(
     state: KlControl, kl: Array, *, target: float = 6.0, horizon: int = 10_000, num_samples: int
 ) -> KlControl:
     """kl_coef (1 + clip(KL / target - 1, -0.2, 0.2) num_samples / horizon).
 
     Args:
-      state, kl: as in `fixed`.
+      state, kl: as in `fixed_kl_control`.
       target: nats for each sequence; where the KL is to stay.
       horizon: samples; in so many the coefficient changes by a factor of about exp(0.2) at most.
       num_samples: samples; how many sequences kl is the mean of.
@@ -61,11 +61,11 @@ def adaptive(
     return _scaled(state, kl, 1.0 + error * (num_samples / horizon))
 
 
-def target(state: KlControl, kl: Array, *, target: float) -> KlControl:
+def target_kl_control(state: KlControl, kl: Array, *, target: float) -> KlControl:
     """kl_coef doubled if KL > 1.5 target, halved if KL < target / 1.5.
 
     Args:
-      state, kl: as in `fixed`; kl may be of any unit that target has.
+      state, kl: as in `fixed_kl_control`; kl may be of any unit that target has.
       target: nats; where the KL is to stay.
     Returns:
       KlControl.

@@ -8,20 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.losses import control
+from alignjax import losses
 
-adaptive = functools.partial(control.adaptive, num_samples=64)
-target = functools.partial(control.target, target=6.0)
+adaptive = functools.partial(losses.adaptive_kl_control, num_samples=64)
+target = functools.partial(losses.target_kl_control, target=6.0)
 
 
 def coefficient(controller, kl, kl_coef=0.2):
-    out = controller(control.KlControl(jnp.float32(kl_coef)), jnp.float32(kl))
+    out = controller(losses.KlControl(jnp.float32(kl_coef)), jnp.float32(kl))
     assert out.kl_coef.dtype == jnp.float32 and out.kl_coef.shape == ()
     return float(out.kl_coef)
 
 
 def test_fixed():
-    assert coefficient(control.fixed, 100.0, 0.25) == 0.25
+    assert coefficient(losses.fixed_kl_control, 100.0, 0.25) == 0.25
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,10 @@ def test_adaptive_by_hand(kl, error):
 
 def test_adaptive_against_a_loop():
     kls = np.random.default_rng(0).exponential(4.0, 50)
-    beta, state = 0.1, control.KlControl(jnp.float32(0.1))
-    step = jax.jit(functools.partial(control.adaptive, target=3.0, horizon=500, num_samples=100))
+    beta, state = 0.1, losses.KlControl(jnp.float32(0.1))
+    step = jax.jit(
+        functools.partial(losses.adaptive_kl_control, target=3.0, horizon=500, num_samples=100)
+    )
     for kl in kls:
         error = min(max((kl - 3.0) / 3.0, -0.2), 0.2)
         beta *= 1 + error * 100 / 500
@@ -58,32 +60,32 @@ def test_target_by_hand(kl, factor):
 @pytest.mark.parametrize("controller", [adaptive, target])
 def test_the_kl_is_driven_to_its_target(controller):
     # A policy whose KL falls as the coefficient rises: KL = 1 / kl_coef, 6 at 1/6.
-    state = control.KlControl(jnp.float32(5.0))
+    state = losses.KlControl(jnp.float32(5.0))
     step = jax.jit(lambda s: controller(s, 1.0 / s.kl_coef))
     for _ in range(3000):
         state = step(state)
     assert 4.0 <= 1 / float(state.kl_coef) <= 9.0
 
 
-@pytest.mark.parametrize("controller", [control.fixed, adaptive, target])
+@pytest.mark.parametrize("controller", [losses.fixed_kl_control, adaptive, target])
 def test_nan_leaves_the_coefficient_and_it_carries_no_gradient(controller):
     assert coefficient(controller, math.nan) == np.float32(0.2)
     assert math.isfinite(coefficient(controller, math.inf))
-    if controller is not control.fixed:
+    if controller is not losses.fixed_kl_control:
         assert coefficient(controller, math.inf) == coefficient(controller, 1e30) > 0.2
-    state = control.KlControl(jnp.float32(0.2))
+    state = losses.KlControl(jnp.float32(0.2))
     assert jax.grad(lambda kl: controller(state, kl).kl_coef)(jnp.float32(6.3)) == 0
 
 
 def test_errors():
-    state, kl = control.KlControl(jnp.float32(0.2)), jnp.float32(1.0)
-    for controller in (control.adaptive, control.target):
-        options = {"num_samples": 1} if controller is control.adaptive else {}
+    state, kl = losses.KlControl(jnp.float32(0.2)), jnp.float32(1.0)
+    for controller in (losses.adaptive_kl_control, losses.target_kl_control):
+        options = {"num_samples": 1} if controller is losses.adaptive_kl_control else {}
         with pytest.raises(ValueError, match="target=0: expected target > 0"):
             controller(state, kl, target=0, **options)
     for num_samples in (0, 50):
         with pytest.raises(ValueError, match=f"num_samples={num_samples}, horizon=10: expected"):
-            control.adaptive(state, kl, num_samples=num_samples, horizon=10)
-    for controller in (control.fixed, adaptive, target):
+            losses.adaptive_kl_control(state, kl, num_samples=num_samples, horizon=10)
+    for controller in (losses.fixed_kl_control, adaptive, target):
         with pytest.raises(AssertionError):
             controller(state, jnp.ones(3))

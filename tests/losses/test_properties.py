@@ -37,11 +37,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Hyperparameters that have no default, or one at which nothing happens on so small a batch."""
 
 NOT_OF_ARRAYS = {
+    "adaptive_kl_control": "takes a state; tests/losses/test_control.py",
+    "fixed_kl_control": "takes a state; tests/losses/test_control.py",
     "init_moments": "a state; tests/losses/test_shaping.py",
     "mixture": "of other losses, which are tested here",
     "normalize_rewards": "takes a state; tests/losses/test_shaping.py",
     "overlong_penalty": "of each length by itself; nothing is masked",
     "policy_loss": "takes an algorithm; tests/losses/test_presets.py tests each preset",
+    "target_kl_control": "takes a state; tests/losses/test_control.py",
     "update_moments": "takes a state; tests/losses/test_shaping.py",
 }
 """Functions that none of this applies to, and why."""
