@@ -17,6 +17,7 @@ import copy
 import importlib.abc
 import importlib.util
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -92,9 +93,14 @@ def mutants(module: str) -> Iterator[Mutant]:
 
 def faults(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
     """What may be wrong in place of this node."""
-    if isinstance(node, ast.BinOp) and type(node.op) in SWAPPED_OPERATORS:
-        operator, kind = SWAPPED_OPERATORS[type(node.op)]
-        yield kind, ast.BinOp(node.left, operator(), node.right)
+    if isinstance(node, ast.BinOp):
+        if type(node.op) in SWAPPED_OPERATORS:
+            operator, kind = SWAPPED_OPERATORS[type(node.op)]
+            yield kind, ast.BinOp(node.left, operator(), node.right)
+        if is_number(node.left):
+            yield "constant", ast.BinOp(other_number(node.left), node.op, node.right)
+        if is_number(node.right):
+            yield "constant", ast.BinOp(node.left, node.op, other_number(node.right))
     elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPPED_OPERATORS:
         operator, kind = SWAPPED_OPERATORS[type(node.ops[0])]
         yield kind, ast.Compare(node.left, [operator(), *node.ops[1:]], node.comparators)
@@ -104,9 +110,9 @@ def faults(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
         yield from faults_of_call(node)
     elif isinstance(node, ast.arguments):
         for i, default in enumerate(node.kw_defaults):
-            if isinstance(default, ast.Constant) and type(default.value) in (int, float):
+            if is_number(default):
                 defaults = [*node.kw_defaults]
-                defaults[i] = ast.Constant(2 * default.value or 1)
+                defaults[i] = other_number(default)
                 yield "default", ast.arguments(**{**vars(node), "kw_defaults": defaults})
             elif isinstance(default, ast.Constant) and type(default.value) is bool:
                 defaults = [*node.kw_defaults]
@@ -114,7 +120,23 @@ def faults(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
                 yield "default", ast.arguments(**{**vars(node), "kw_defaults": defaults})
 
 
+def is_number(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
+
+
+def other_number(node: ast.Constant) -> ast.Constant:
+    return ast.Constant(2 * node.value or 1)
+
+
 def faults_of_call(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
+    for i, keyword in enumerate(node.keywords):
+        # Not an axis, whose change would be no more than an error.
+        if isinstance(keyword.value, ast.Constant) and type(keyword.value.value) in (float, bool):
+            value = keyword.value.value
+            new = ast.Constant(not value) if value in (True, False) else other_number(keyword.value)
+            keywords = [*node.keywords]
+            keywords[i] = ast.keyword(keyword.arg, new)
+            yield "constant", ast.Call(node.func, node.args, keywords)
     name = ast.unparse(node.func)
     last = name.rsplit(".", 1)[-1]
     if last == "stop_gradient":
@@ -170,6 +192,12 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, f"{self.name} (mutant)", "exec"), module.__dict__)
 
 
+def tests_of(module: str) -> list[Path]:
+    own = TESTS / f"test_{module}.py"
+    files = [path for path in (own, *(TESTS / name for name in GENERAL)) if path.exists()]
+    return [*dict.fromkeys(files)]
+
+
 def is_noticed(mutant: Mutant) -> int:
     """Runs the tests in this process, which ends after it: 0 if all pass."""
     import pytest
@@ -178,9 +206,7 @@ def is_noticed(mutant: Mutant) -> int:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    own = TESTS / f"test_{mutant.module}.py"
-    files = [path for path in (own, *(TESTS / name for name in GENERAL)) if path.exists()]
-    for path in dict.fromkeys(files):
+    for path in tests_of(mutant.module):
         if pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", str(path)]):
             return 1
     return 0
@@ -233,8 +259,8 @@ def main() -> None:
     for heavy in ("jax.numpy", "chex", "hypothesis.extra.numpy", "pytest", "optax"):
         importlib.import_module(heavy)
     start = time.perf_counter()
-    sound = [Mutant(m, "none", 0, "", "", (LOSSES / f"{m}.py").read_text()) for m in modules]
-    if len(survivors(sound, args.workers)) < len(sound):
+    files = sorted({str(path) for module in modules for path in tests_of(module)})
+    if subprocess.run([sys.executable, "-m", "pytest", "-q", *files]).returncode:
         raise SystemExit("The tests fail without any fault; mend that first.")
     left = survivors(chosen, args.workers)
     table = {

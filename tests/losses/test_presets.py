@@ -1,5 +1,6 @@
 """Presets end to end, from hidden states to the gradient: against papers, and however laid out."""
 
+import dataclasses
 import functools
 import math
 
@@ -222,10 +223,16 @@ ADVANTAGES = {
 
 def test_advantages_and_rewards_of_the_presets():
     assert {name: a.advantage for name, a in losses.PRESETS.items()} == ADVANTAGES
-    in_reward = {name for name, a in losses.PRESETS.items() if a.kl_in_reward}
-    assert in_reward == {"ppo", "rloo", "reinforce_pp", "remax"}
-    for name in in_reward:
-        assert losses.PRESETS[name].kl == "k1" and losses.PRESETS[name].kl_coef > 0
+    in_reward = {n: (a.kl, a.kl_coef) for n, a in losses.PRESETS.items() if a.kl_in_reward}
+    assert in_reward == {
+        "ppo": ("k1", 0.05), "rloo": ("k1", 0.05), "reinforce_pp": ("k1", 0.001),
+        "remax": ("k1", 0.05),
+    }  # fmt: skip
+
+
+def test_nobody_changes_a_preset_for_everybody():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        losses.PRESETS["grpo"].kl_coef = 0.0
 
 
 def test_every_advantage_of_outcomes():
