@@ -2,7 +2,7 @@
 
 B = 8 rows of T = 512 tokens, half of each a prompt. The loss is a function of hidden states and
 the unembedding. Ours goes by `next_token_logps`; the naive way makes all logits, takes their
-log-softmax and computes the same loss. Distillation, of two models' logits, is written out.
+log-softmax and computes the same loss. Losses that ask more of the logits are written out.
 
     python benchmarks/losses.py
 
@@ -44,7 +44,12 @@ def token_losses() -> dict[str, Terms]:
         name: (lambda logp, b, f=f: losses.token_mean(f(logp, b["mask"]), b["mask"]).total)
         for name, f in of_tokens.items()
     }
-    return found | {name: rl(a) for name, a in losses.PRESETS.items()}
+    dual = losses.Algorithm("group_zscore", "dual_clip", "token_mean")
+    exact = losses.Algorithm(
+        "group_zscore", "ppo_clip", "token_mean", kl="weighted_k3", kl_coef=0.04
+    )
+    algorithms = {**losses.PRESETS, "dual_clip": dual, "weighted_k3": exact}
+    return found | {name: rl(a) for name, a in algorithms.items()}
 
 
 def pair_losses() -> dict[str, Terms]:
@@ -65,7 +70,18 @@ def pair_losses() -> dict[str, Terms]:
 
         return total
 
-    found = {}
+    half = jnp.full(B // 2, 0.5)
+    found = {
+        "soft_dpo": of(lambda pairs: losses.soft_dpo(pairs, half)),
+        "bco": of(lambda pairs: losses.bco(pairs, jnp.float32(0.1))),
+        "wpo": of(lambda pairs: losses.wpo(pairs, half)),
+        "kto": of(
+            lambda p: (
+                losses.kto(p.chosen, p.ref_chosen, half > 0, jnp.float32(0.1), p.is_valid)
+                + losses.kto(p.rejected, p.ref_rejected, half < 0, jnp.float32(0.1), p.is_valid)
+            )
+        ),
+    }
     for name in losses.__all__:
         function = getattr(losses, name)
         if inspect.isfunction(function):
@@ -74,6 +90,32 @@ def pair_losses() -> dict[str, Terms]:
             if needed == ["pairs"] and name != "implicit_rewards":
                 found[name] = of(function)
     return found
+
+
+def without_vocabulary() -> dict[str, Terms]:
+    """Losses of scores and values [B, T], whose naive formulation is their formula."""
+    ranks = jnp.arange(T, dtype=jnp.int32)[None].repeat(B, 0) % 8
+    on, some = jnp.ones(B, bool), jnp.ones((B, 8), bool)
+
+    def mean(x: Array, valid: Array) -> Array:
+        return losses.example_mean(x, valid).total
+
+    return {
+        "clipped_value_loss": lambda x, b: (
+            losses.token_mean(
+                losses.clipped_value_loss(x, b["old"], b["ref"], b["mask"]).loss, b["mask"]
+            ).total
+        ),
+        "process_reward": lambda x, b: (
+            losses.token_mean(
+                losses.process_reward(x, jnp.exp(b["old"]), b["mask"]), b["mask"]
+            ).total
+        ),
+        "bradley_terry": lambda x, b: mean(losses.bradley_terry(x[:, 0], x[:, 1], on), on),
+        "kwise_ranking": lambda x, b: mean(losses.kwise_ranking(x[:, :8], ranks[:, :8], some), on),
+        "plackett_luce": lambda x, b: mean(losses.plackett_luce(x[:, :8], ranks[:, :8], some), on),
+        "regression": lambda x, b: mean(losses.regression(x[:, 0], b["ref"][:, 0], on), on),
+    }
 
 
 def ours(terms: Terms) -> Callable[..., Array]:
@@ -92,32 +134,84 @@ def naive(terms: Terms) -> Callable[..., Array]:
     return loss
 
 
-def divergences() -> dict[str, tuple[Callable[..., Array], Callable[..., Array]]]:
-    """Ours and the naive way of each divergence between student and teacher."""
+Way = Callable[[Array, Array, dict[str, Array]], Array]
+K = 32
+"""Of a teacher's most likely tokens."""
 
-    def total(x: Array, mask: Array) -> Array:
-        return losses.token_mean(x, mask).total
 
-    def of(function: Callable[..., Array]) -> Callable[..., Array]:
+def of_logits() -> dict[str, tuple[Way, Way]]:
+    """Ours and the naive way of each loss that asks more of the logits than a token's log-prob."""
+
+    def total(x: Array, b: dict[str, Array]) -> Array:
+        return losses.token_mean(x, b["mask"]).total
+
+    def statistic(name: str, loss: Callable[..., Array]) -> Way:
+        def way(h: Array, w: Array, b: dict[str, Array]) -> Array:
+            flag = {f"with_{name}": True}
+            out = losses.next_token_logps(h, w, b["tokens"], b["mask"], **flag)
+            return total(loss(out, b["mask"]), b)
+
+        return way
+
+    def compared(function: Callable[..., Array]) -> Way:
         return lambda h, w, b: total(
-            function(h, w, b["teacher_hidden"], b["teacher_unembedding"], b["mask"]), b["mask"]
+            function(h, w, b["teacher_hidden"], b["teacher_unembedding"], b["mask"]), b
         )
 
-    def full(divergence: Callable[[Array, Array], Array]) -> Callable[..., Array]:
-        def loss(h: Array, w: Array, b: dict[str, Array]) -> Array:
-            own = jax.nn.log_softmax(h[:, :-1] @ w)
-            teacher = jax.nn.log_softmax(b["teacher_hidden"][:, :-1] @ b["teacher_unembedding"])
-            return total(jnp.pad(divergence(own, teacher).sum(-1), ((0, 0), (1, 0))), b["mask"])
+    def full(terms: Callable[..., Array]) -> Way:
+        """Terms of all logits [B, T - 1, V] of the student, and of the next tokens' teacher."""
 
-        return loss
+        def way(h: Array, w: Array, b: dict[str, Array]) -> Array:
+            later = {k: b[k][:, 1:] for k in ("tokens", "teacher_ids", "teacher_logps")}
+            later["teacher"] = b["teacher_hidden"][:, :-1] @ b["teacher_unembedding"]
+            return total(jnp.pad(terms(h[:, :-1] @ w, later), ((0, 0), (1, 0))), b)
+
+        return way
+
+    def smoothed(z: Array, later: dict[str, Array]) -> Array:
+        log_p = jax.nn.log_softmax(z)
+        logp = jnp.take_along_axis(log_p, later["tokens"][..., None], axis=2)[..., 0]
+        return -0.9 * logp - 0.1 * log_p.mean(-1)
+
+    def of_both(divergence: Callable[[Array, Array], Array]) -> Way:
+        return full(
+            lambda z, later: divergence(
+                jax.nn.log_softmax(z), jax.nn.log_softmax(later["teacher"])
+            ).sum(-1)
+        )
 
     def half(p: Array, q: Array) -> Array:
         return jnp.exp(p) * (p - jnp.logaddexp(p, q) + jnp.log(2.0))
 
+    def top_k(z: Array, later: dict[str, Array]) -> Array:
+        teacher = later["teacher_logps"]
+        own = jnp.take_along_axis(jax.nn.log_softmax(z), later["teacher_ids"], axis=2)
+        rest, own_rest = (1 - jnp.exp(x).sum(-1) for x in (teacher, own))
+        top = (jnp.exp(teacher) * (teacher - own)).sum(-1)
+        return top + rest * (jnp.log(rest) - jnp.log(own_rest))
+
     return {
-        "forward_kl": (of(losses.forward_kl), full(lambda s, t: jnp.exp(t) * (t - s))),
-        "reverse_kl": (of(losses.reverse_kl), full(lambda s, t: jnp.exp(s) * (s - t))),
-        "jsd": (of(losses.jsd), full(lambda s, t: 0.5 * (half(s, t) + half(t, s)))),
+        "label_smoothed": (
+            statistic("mean_logp", lambda o, m: losses.label_smoothed(o.logps, o.mean_logps, m)),
+            full(smoothed),
+        ),
+        "z_loss": (
+            statistic("log_normalizer", lambda o, m: losses.z_loss(o.log_normalizers, m)),
+            full(lambda z, later: jax.nn.logsumexp(z, -1) ** 2),
+        ),
+        "entropy_bonus": (
+            statistic("entropy", lambda o, m: losses.entropy_bonus(o.entropies, m)),
+            full(lambda z, later: jnp.sum(jax.nn.softmax(z) * jax.nn.log_softmax(z), -1)),
+        ),
+        "forward_kl": (compared(losses.forward_kl), of_both(lambda s, t: jnp.exp(t) * (t - s))),
+        "reverse_kl": (compared(losses.reverse_kl), of_both(lambda s, t: jnp.exp(s) * (s - t))),
+        "jsd": (compared(losses.jsd), of_both(lambda s, t: 0.5 * (half(s, t) + half(t, s)))),
+        "top_k_forward_kl": (
+            lambda h, w, b: total(
+                losses.top_k_forward_kl(h, w, b["teacher_ids"], b["teacher_logps"], b["mask"]), b
+            ),
+            full(top_k),
+        ),
     }
 
 
@@ -134,6 +228,10 @@ def batch() -> tuple[Array, Array, dict[str, Array]]:
         "advantage": normal(B, 1).repeat(T, 1),
         "teacher_hidden": normal(B, T, D),
         "teacher_unembedding": normal(D, V) / D**0.5,
+        "teacher_ids": jnp.asarray(
+            K * rng.integers(0, V // K, (B, T, K)) + np.arange(K), jnp.int32
+        ),
+        "teacher_logps": jax.nn.log_softmax(normal(B, T, K)) - 0.1,
     }  # fmt: skip
 
 
@@ -147,6 +245,7 @@ def measure(loss: Callable[..., Array], argnums: Any, args: tuple, repeats: int)
         jax.block_until_ready(compiled(*args))
         taken.append(1e3 * (time.perf_counter() - start))
     return {
+        "value": float(compiled(*args)[0]),
         "ms": round(statistics.median(taken), 3),
         "ms_range": [round(min(taken), 3), round(max(taken), 3)],
         "temporary_mib": round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 2),
@@ -160,23 +259,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=record.RESULTS / "losses.json")
     args = parser.parse_args()
     hidden, unembedding, b = batch()
-    ways = {name: (ours(f), naive(f), f) for name, f in {**token_losses(), **pair_losses()}.items()}
-    ways |= {name: (*two, None) for name, two in divergences().items()}
-    figures = {}
+    whole = {
+        name: (ours(f), naive(f), f) for name, f in {**token_losses(), **pair_losses()}.items()
+    }
+    whole |= {name: (*two, None) for name, two in of_logits().items()}
+    whole |= {name: (None, None, f) for name, f in without_vocabulary().items()}
+    figures: dict[str, dict[str, Any]] = {}
     print(f"{'':22} {'ours':>20} {'naive':>20} {'alone':>10}")
-    for name, (own, other, alone) in ways.items():
+    for name, (own, other, alone) in whole.items():
         if args.only and name not in args.only:
             continue
-        row = {
-            way: measure(f, (0, 1), (hidden, unembedding, b), args.repeats)
-            for way, f in (("ours", own), ("naive", other))
-        }
+        row = figures[name] = {}
+        line = f"{name:22}"
+        for way, f in (("ours", own), ("naive", other)):
+            if f is not None:
+                row[way] = r = measure(f, (0, 1), (hidden, unembedding, b), args.repeats)
+                line += f" {r['ms']:8.0f} ms {r['temporary_mib']:5.0f} MiB"
+        if own is not None and abs(row["ours"]["value"] / row["naive"]["value"] - 1) > 1e-3:
+            raise SystemExit(f"{name}: {row} are not the same loss")
         if alone is not None:
-            row["alone"] = measure(alone, 0, (b["old"] - 0.05, b), 50 * args.repeats)
-        figures[name] = row
-        shown = [f"{r['ms']:8.0f} ms {r['temporary_mib']:5.0f} MiB" for r in row.values()][:2]
-        last = f"{row['alone']['ms']:7.2f} ms" if alone is not None else ""
-        print(f"{name:22} {shown[0]:>20} {shown[1]:>20} {last:>10}", flush=True)
+            row["alone"] = r = measure(alone, 0, (b["old"] - 0.05, b), 50 * args.repeats)
+            line += f" {r['ms']:9.2f} ms" if own else f" {'':42} {r['ms']:9.2f} ms"
+        print(line, flush=True)
     record.write(args.out, {"shapes": {"B": B, "T": T, "D": D, "V": V}, "figures": figures})
 
 
