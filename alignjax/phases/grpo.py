@@ -1,7 +1,7 @@
 """RL with group-relative advantages: GRPO and its family, as presets over lists of functions."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ class Grpo:
         scores = [score for r in rounds for score in r.scores]
         if reason := too_many_failures(scores, self._config.rewards.max_failure_frac):
             raise StopRunError(reason)
-        sequences = self._sequences(rounds)
+        sequences, metrics = self._sequences(state, rounds)
         errors = [score.error for score in scores if score.error is not None]
         warnings = []
         if errors:
@@ -211,6 +211,7 @@ class Grpo:
             batches=self._batches(state, sequences, step),
             num_tokens=sum(r.num_tokens for r in rounds),
             metrics=self._host_metrics(rounds)
+            | metrics
             | {"epoch": records.epoch, "num_dropped": records.num_dropped},
             samples=rounds[0].records(shown),
             warnings=warnings,
@@ -225,34 +226,50 @@ class Grpo:
             prompt_len=self._config.rollout.max_prompt_tokens,
         )  # fmt: skip
 
-    def _sequences(self, rounds: list[Rollouts]) -> list[dict[str, np.ndarray]]:
-        """The samples that are trained on, each as arrays over its tokens."""
+    def _sequences(
+        self, state: TrainState, rounds: list[Rollouts]
+    ) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
+        """The samples that are trained on, each as arrays over its tokens; and metrics of them."""
         algorithm, size = self._config.algorithm, self._sampling.num_samples
         rewards = np.concatenate([r.rewards for r in rounds])
         is_used = np.isfinite(rewards).any(1)
         if algorithm.dynamic_sampling:
             is_used = is_informative(rewards)
+        chosen = np.flatnonzero(is_used)[: self._config.rollout.num_prompts]
+        outcomes = self._outcomes(rounds, chosen)
         groups = [(r, i) for r in rounds for i in range(len(r.tasks))]
-        chosen = [groups[n] for n in np.flatnonzero(is_used)[: self._config.rollout.num_prompts]]
-        outcomes = self._outcomes(chosen)
+        places = [(n, g) for n in range(len(chosen)) for g in np.flatnonzero(outcomes.is_valid[n])]
+        sequences = []
+        for n, g in places:
+            r, i = groups[chosen[n]]
+            sequences.append(_sequence(r, i * size + g, r.tasks[i].tokens))
+        metrics = {}
+        if algorithm.kl_in_reward and algorithm.kl_coef and sequences:
+            kl = self._kl(state, sequences)
+            metrics["kl"] = float(kl.sum() / sum(s["mask"].sum() for s in sequences))
+            penalty = np.zeros(outcomes.rewards.shape, np.float32)
+            penalty[tuple(np.transpose(places))] = algorithm.kl_coef * kl
+            outcomes = outcomes._replace(rewards=outcomes.rewards - penalty)
         advantages = np.asarray(losses.ADVANTAGES[algorithm.advantage](outcomes))
-        return [
-            _sequence(r, i * size + g, r.tasks[i].tokens, advantages[n, g])
-            for n, (r, i) in enumerate(chosen)
-            for g in np.flatnonzero(outcomes.is_valid[n])
-        ]
+        for place, sequence in zip(places, sequences, strict=True):
+            sequence["advantages"] = np.where(sequence["mask"], advantages[place], np.float32(0))
+        return sequences, metrics
 
-    def _outcomes(self, chosen: list[tuple[Rollouts, int]]) -> losses.Outcomes:
-        """Of group i of a round each, always in the same shapes: what is missing is not valid."""
+    def _outcomes(self, rounds: list[Rollouts], chosen: np.ndarray) -> losses.Outcomes:
+        """Of the chosen groups of all rounds, always in one shape: what is missing is not valid."""
         config = self._config
-        shape = config.rollout.num_prompts, self._sampling.num_samples
-        rewards, lengths = np.full(shape, np.nan, np.float32), np.zeros(shape, np.int32)
-        parts = np.zeros((*shape, len(config.rewards.functions)), np.float32)
-        for n, (r, i) in enumerate(chosen):
-            rewards[n] = r.rewards[i]
-            lengths[n] = r.completions.lengths.reshape(r.rewards.shape)[i]
-            for k, (name, function) in enumerate(config.rewards.functions.items()):
-                parts[n, :, k] = function.weight * r.part(name)[i]
+
+        def of_all(values: Callable[[Rollouts], np.ndarray], missing: float) -> np.ndarray:
+            found = np.concatenate([values(r) for r in rounds])[chosen]
+            width = [(0, config.rollout.num_prompts - len(chosen)), *[(0, 0)] * (found.ndim - 1)]
+            return np.pad(found, width, constant_values=missing)
+
+        def parts(r: Rollouts) -> np.ndarray:
+            functions = config.rewards.functions.items()
+            return np.stack([f.weight * r.part(name) for name, f in functions], axis=2)
+
+        rewards = of_all(lambda r: r.rewards, np.nan)
+        lengths = of_all(lambda r: r.completions.lengths.reshape(r.rewards.shape), 0)
         is_valid = np.isfinite(rewards)
         if config.algorithm.overlong_frac > 0:
             limit = self._sampling.max_tokens
@@ -262,15 +279,51 @@ class Grpo:
                 buffer=max(1, round(config.algorithm.overlong_frac * limit)),
             )
             rewards = rewards + np.asarray(penalty)
-        return losses.Outcomes(*map(jnp.asarray, (rewards, is_valid, lengths, parts)))
+        arrays = rewards, is_valid, lengths, of_all(parts, 0.0).astype(np.float32)
+        return losses.Outcomes(*map(jnp.asarray, arrays))
+
+    def _kl(self, state: TrainState, sequences: list[dict[str, np.ndarray]]) -> np.ndarray:
+        """One for each sequence: the KL to the reference, summed over its tokens. float32, nats."""
+        config = self._config
+        index = [np.full(len(s["tokens"]), n, np.int32) for n, s in enumerate(sequences)]
+        packed = self._packed(
+            [{**s, "index": i} for s, i in zip(sequences, index, strict=True)],
+            config.algorithm.num_minibatches,
+        )
+        owners = packed.pop("index").reshape(-1)
+        batch = put_batch(packed, self._mesh, 1)
+        old, ref, mask = (
+            x.reshape(-1, x.shape[-1])
+            for x in (batch["old_logps"], self._ref_logps(self._ref(state), batch), batch["mask"])
+        )
+        estimator = losses.KL_ESTIMATORS[config.algorithm.kl_estimator]
+        kl = np.asarray(estimator(old, old, ref, mask)).reshape(-1)
+        return np.bincount(owners, kl, minlength=len(sequences)).astype(np.float32)
+
+    def _ref(self, state: TrainState) -> Params:
+        reference = self._reference if state.reference is None else state.reference
+        assert reference is not None
+        return reference
+
+    def _packed(
+        self, sequences: list[dict[str, np.ndarray]], num_updates: int = 1
+    ) -> dict[str, np.ndarray]:
+        """[M, R, T] of what so many updates take. Shapes depend on the config alone."""
+        config = self._config
+        rows, parts = config.rows_per_update, config.data.micro_batches
+        row_len = config.rollout.max_prompt_tokens + config.rollout.max_tokens
+        packed, num_used = pack(
+            sequences, num_rows=num_updates * rows, row_len=row_len, packed=config.data.packed
+        )
+        assert num_used == len(sequences), "as many rows as sequences hold them all"
+        shape = num_updates * parts, rows // parts, row_len
+        return {k: v.reshape(shape) for k, v in packed.items()}
 
     def _batches(
         self, state: TrainState, sequences: list[dict[str, np.ndarray]], step: int
     ) -> Iterator[Batch]:
-        """Minibatches [M, R, T], `num_updates` times over. Shapes depend on the config alone."""
+        """Minibatches [M, R, T], `num_updates` times over."""
         config, algorithm = self._config, self._config.algorithm
-        rows, parts = config.rows_per_update, config.data.micro_batches
-        row_len = config.rollout.max_prompt_tokens + config.rollout.max_tokens
         order = np.arange(len(sequences))
         if algorithm.num_minibatches > 1:
             order = np.random.default_rng([config.seed, step]).permutation(order)
@@ -278,18 +331,9 @@ class Grpo:
         for chosen in np.array_split(order, algorithm.num_minibatches):
             if not len(chosen):
                 continue
-            packed, num_used = pack(
-                [sequences[i] for i in chosen],
-                num_rows=rows,
-                row_len=row_len,
-                packed=config.data.packed,
-            )
-            assert num_used == len(chosen), "as many rows as sequences hold them all"
-            shaped = {k: v.reshape(parts, rows // parts, row_len) for k, v in packed.items()}
-            batch = put_batch(shaped, self._mesh, 1)
-            if algorithm.kl_coef > 0:
-                reference = self._reference if state.reference is None else state.reference
-                batch["ref_logps"] = self._ref_logps(reference, batch)
+            batch = put_batch(self._packed([sequences[i] for i in chosen]), self._mesh, 1)
+            if algorithm.kl_coef > 0 and not algorithm.kl_in_reward:
+                batch["ref_logps"] = self._ref_logps(self._ref(state), batch)
             batches.append(batch)
         for _ in range(algorithm.num_updates):
             yield from batches
@@ -397,15 +441,12 @@ def is_informative(rewards: np.ndarray) -> np.ndarray:
     return (filled.sum(1) >= 2) & (highest > lowest)
 
 
-def _sequence(
-    rollouts: Rollouts, row: int, prompt: np.ndarray, advantage: float
-) -> dict[str, np.ndarray]:
+def _sequence(rollouts: Rollouts, row: int, prompt: np.ndarray) -> dict[str, np.ndarray]:
     out = rollouts.completions
     length = int(out.lengths[row])
-    before, after = np.zeros(len(prompt), np.float32), np.ones(length, np.float32)
+    before = np.zeros(len(prompt), np.float32)
     return {
         "tokens": np.concatenate([prompt, out.tokens[row, :length]]).astype(np.int32),
-        "mask": np.concatenate([before, after]).astype(bool),
+        "mask": np.arange(len(prompt) + length) >= len(prompt),
         "old_logps": np.concatenate([before, out.logps[row, :length]]),
-        "advantages": np.concatenate([before, after * np.float32(advantage)]),
     }

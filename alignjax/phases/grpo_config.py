@@ -16,11 +16,11 @@ from alignjax.rewards.combine import RewardConfig
 PRESETS: dict[str, dict[str, Any]] = {
     name: {} for name in (
         "grpo", "dr_grpo", "bnpo", "gspo", "gmpo", "cispo", "sapo", "reinforce_pp_baseline", "opo",
-        "gdpo", "gpg",
+        "gdpo", "gpg", "rloo",
     )
 } | {"dapo": {"dynamic_sampling": True, "overlong_frac": 0.2}}  # fmt: skip
-"""Those of `losses.PRESETS` whose KL is in the loss and whose advantage is that of a group, with
-what each asks of the phase besides (DAPO: arXiv:2503.14476 sec. 3.2 and 3.4)."""
+"""Those of `losses.PRESETS` whose advantage is that of a group of samples, with what each asks of
+the phase besides (DAPO: arXiv:2503.14476 sec. 3.2 and 3.4)."""
 
 HYPERPARAMETERS = ("clip_low", "clip_high", "dual", "tau_pos", "tau_neg")
 
@@ -49,7 +49,9 @@ class AlgorithmConfig(Config):
     tau_neg: float | None = None
     """The same where it is negative."""
     kl_coef: float = Field(0.0, ge=0)
-    """Weight of the KL to the reference in the loss; 0 needs no reference."""
+    """Weight of the KL to the reference; 0 needs no reference."""
+    kl_in_reward: bool = False
+    """Take the KL, summed over a completion, off its reward, instead of adding it to the loss."""
     kl_estimator: str = "k3"
     """One of `losses.KL_ESTIMATORS`."""
     reference_every: int = Field(0, ge=0)
@@ -77,7 +79,7 @@ class AlgorithmConfig(Config):
         named = {name: getattr(chosen, name) for name in ("advantage", "level", "surrogate")}
         named |= {"reduction": chosen.reduction, "kl_coef": chosen.kl_coef}
         if chosen.kl_coef:
-            named["kl_estimator"] = chosen.kl
+            named |= {"kl_estimator": chosen.kl, "kl_in_reward": chosen.kl_in_reward}
         values = {**named, **PRESETS[known], **values}
         surrogate = values["surrogate"]
         if surrogate in losses.SURROGATES:
@@ -134,6 +136,7 @@ class AlgorithmConfig(Config):
             reduction=self.reduction,
             kl=self.kl_estimator,
             kl_coef=self.kl_coef,
+            kl_in_reward=self.kl_in_reward,
             options={name: value for name, value in options.items() if value is not None},
         )
 

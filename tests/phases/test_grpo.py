@@ -445,6 +445,36 @@ def test_the_reference_follows_by_schedule(make):
     assert seen == [0, 0, 2, 2, 4]
 
 
+@pytest.mark.parametrize(("estimator", "term"), [("k1", lambda d: d), ("k2", lambda d: d**2 / 2)])
+def test_kl_is_taken_off_the_rewards(make, watch, estimator, term):
+    rewards = [[1, None, 0.5], [0, 0, 1], [0.25, 1, 0], [0, 1, 1]]
+    algorithm = {"preset": "rloo", "kl_coef": 0.5, "kl_estimator": estimator, "num_minibatches": 2}
+    phase = watch(make(rewards, algorithm=algorithm, rewards={"max_failure_frac": 0.5}))
+    ((collected, batches),) = collect(phase)
+    found = {key: value for batch in batches for key, value in sequences(batch).items()}
+    model, params = phase._policy.model, phase._reference
+    kls = []
+    for (prompt, completion), old in sampled(phase):
+        ids = np.array([prompt + completion], np.int32)
+        ones, times = np.ones_like(ids), np.arange(ids.size, dtype=np.int32)[None]
+        hidden, _ = model.apply(params, ids, ones, times)
+        mask = times >= len(prompt)
+        ref = next_token_logps(hidden, model.unembedding(params), ids, mask).logps
+        kls.append(term(old - np.asarray(ref)[0, len(prompt) :]))
+    left = np.array(rewards, np.float64) - 0.5 * np.array([k.sum() for k in kls]).reshape(4, 3)
+    groups = zip(sampled(phase), left.reshape(-1), left.repeat(3, axis=0), strict=True)
+    for (key, _), reward, group in groups:
+        if np.isnan(reward):
+            assert key not in found
+            continue
+        others = (np.nansum(group) - reward) / (np.isfinite(group).sum() - 1)
+        np.testing.assert_allclose(found[key][0], reward - others, rtol=1e-4, atol=1e-4)
+    valid = [k for k, reward in zip(kls, left.reshape(-1), strict=True) if np.isfinite(reward)]
+    assert collected.metrics["kl"] == pytest.approx(np.concatenate(valid).mean(), rel=1e-4)
+    assert collected.metrics["reward"] == pytest.approx(np.nanmean(np.array(rewards, np.float64)))
+    assert not any("ref_logps" in batch for batch in batches), "the loss asks for none"
+
+
 def test_a_reference_to_refresh_that_nothing_uses_is_refused(make):
     with pytest.raises(ValidationError, match="reference_every=2 without kl_coef, which is 0"):
         make([MIXED] * 4, algorithm={"reference_every": 2})
@@ -572,7 +602,8 @@ def test_without_held_out_problems_there_is_no_evaluation(make):
 COMMON = {
     "advantage": "group_zscore", "level": "token_level", "surrogate": "ppo_clip",
     "reduction": "token_mean", "clip_low": 0.2, "clip_high": 0.2, "dual": None, "tau_pos": None,
-    "tau_neg": None, "kl_coef": 0.0, "kl_estimator": "k3", "reference_every": 0, "num_updates": 1,
+    "tau_neg": None, "kl_coef": 0.0, "kl_in_reward": False, "kl_estimator": "k3",
+    "reference_every": 0, "num_updates": 1,
     "num_minibatches": 1, "dynamic_sampling": False, "max_rounds": 4, "overlong_frac": 0.0,
 }  # fmt: skip
 NO_CLIP = {"clip_low": None, "clip_high": None}
@@ -591,6 +622,8 @@ PAPERS = {
                               "kl_estimator": "k2"},
     "opo": {"advantage": "opo", "surrogate": "reinforce", "reduction": "sequence_sum", **NO_CLIP},
     "gdpo": {"advantage": "gdpo", "reduction": "sequence_mean"},
+    "rloo": {"advantage": "leave_one_out", "level": "sequence_level", "reduction": "sequence_mean",
+             "kl_coef": 0.05, "kl_in_reward": True, "kl_estimator": "k1"},
     "gpg": {"advantage": "gpg", "surrogate": "reinforce", **NO_CLIP},
 }  # fmt: skip
 
