@@ -1,7 +1,8 @@
 """How many deliberate faults in the loss modules do their tests notice?
 
-One at a time, each fault is put into a module of `alignjax.losses`, in memory, and the tests of
-that module run until one fails; if none does, those of properties and of the presets follow.
+One at a time, each fault is put into a module of `alignjax.losses`, in memory, and its tests run
+until one fails: first the oracles of the function that has the fault, then all tests of the module,
+then those of properties and of the presets.
 
     python benchmarks/mutants.py                      # all modules: about half an hour on 2 cores
     python benchmarks/mutants.py --modules kl clip    # some of them
@@ -28,7 +29,12 @@ import record
 
 LOSSES = record.REPO / "alignjax" / "losses"
 TESTS = record.REPO / "tests" / "losses"
-GENERAL = ("test_properties.py", "test_presets.py", "test_logprob.py")
+TESTED_BY = {
+    "pairs": ("pairs", "preference", "reference_free", "unpaired"),
+    "segments": ("reduce", "ratio", "trajectory"),
+    "vocabulary": ("logprob", "distill"),
+}
+"""Modules whose tests are in other files than that of their name."""
 LIMIT_S = 240
 """A fault that makes the tests hang is noticed, too."""
 
@@ -49,6 +55,7 @@ SWAPPED_SEGMENTS = {"mean": ("total", "denominator"), "total": ("mean", "denomin
 
 class Mutant(NamedTuple):
     module: str
+    function: str
     kind: str
     line: int
     before: str
@@ -61,6 +68,12 @@ def mutants(module: str) -> Iterator[Mutant]:
     have tests of their own."""
     tree = ast.parse((LOSSES / f"{module}.py").read_text(encoding="utf-8"))
     nodes = [*ast.walk(tree)]
+    owners = {
+        id(inner): outer.name
+        for outer in tree.body
+        if isinstance(outer, ast.FunctionDef)
+        for inner in ast.walk(outer)
+    }
     skipped = {
         id(inner)
         for node in nodes
@@ -86,7 +99,7 @@ def mutants(module: str) -> Iterator[Mutant]:
                 replace(copied, target, changed)
             line = getattr(node, "lineno", 0) or node.kwonlyargs[0].lineno
             yield Mutant(
-                module, kind, line, ast.unparse(node), ast.unparse(changed),
+                module, owners.get(id(node), ""), kind, line, ast.unparse(node), ast.unparse(changed),
                 ast.unparse(ast.fix_missing_locations(copied)),
             )  # fmt: skip
 
@@ -192,10 +205,23 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, f"{self.name} (mutant)", "exec"), module.__dict__)
 
 
-def tests_of(module: str) -> list[Path]:
-    own = TESTS / f"test_{module}.py"
-    files = [path for path in (own, *(TESTS / name for name in GENERAL)) if path.exists()]
-    return [*dict.fromkeys(files)]
+def tests_of(module: str) -> list[str]:
+    """The files with the tests of a module."""
+    files = [TESTS / f"test_{name}.py" for name in TESTED_BY.get(module, (module,))]
+    return [str(path) for path in files if path.exists()]
+
+
+def stages(mutant: Mutant) -> Iterator[list[str]]:
+    """Arguments of pytest, the quickest to notice first."""
+    own, general = tests_of(mutant.module), [str(TESTS / "test_properties.py")]
+    is_public = mutant.function and not mutant.function.startswith("_")
+    if is_public:
+        yield [*own, "-k", f"oracle_in_float64_{mutant.function} or its_oracle_{mutant.function}"]
+    else:
+        yield [*own, "-k", "float64"]
+    yield own
+    yield [str(TESTS / "test_presets.py")]
+    yield [*general, "-k", f"[{mutant.function}]"] if is_public else general
 
 
 def is_noticed(mutant: Mutant) -> int:
@@ -206,8 +232,9 @@ def is_noticed(mutant: Mutant) -> int:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    for path in tests_of(mutant.module):
-        if pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", str(path)]):
+    passed = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    for stage in stages(mutant):
+        if pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *stage]) not in passed:
             return 1
     return 0
 
@@ -259,8 +286,10 @@ def main() -> None:
     for heavy in ("jax.numpy", "chex", "hypothesis.extra.numpy", "pytest", "optax"):
         importlib.import_module(heavy)
     start = time.perf_counter()
-    files = sorted({str(path) for module in modules for path in tests_of(module)})
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", *files]).returncode:
+    files = {path for module in modules for path in tests_of(module)}
+    files |= {str(TESTS / "test_properties.py"), str(TESTS / "test_presets.py")}
+    sound = [sys.executable, "-m", "pytest", "-q", "-n", str(args.workers), *sorted(files)]
+    if subprocess.run(sound).returncode:
         raise SystemExit("The tests fail without any fault; mend that first.")
     left = survivors(chosen, args.workers)
     table = {
