@@ -32,7 +32,7 @@ TESTS = record.REPO / "tests" / "losses"
 TESTED_BY = {
     "pairs": ("pairs", "preference", "reference_free", "unpaired"),
     "segments": ("reduce", "ratio", "trajectory"),
-    "vocabulary": ("logprob", "distill"),
+    "vocabulary": ("vocabulary", "logprob", "distill"),
 }
 """Modules whose tests are in other files than that of their name."""
 LIMIT_S = 240
@@ -99,8 +99,8 @@ def mutants(module: str) -> Iterator[Mutant]:
                 replace(copied, target, changed)
             line = getattr(node, "lineno", 0) or node.kwonlyargs[0].lineno
             yield Mutant(
-                module, owners.get(id(node), ""), kind, line, ast.unparse(node), ast.unparse(changed),
-                ast.unparse(ast.fix_missing_locations(copied)),
+                module, owners.get(id(node), ""), kind, line, ast.unparse(node),
+                ast.unparse(changed), ast.unparse(ast.fix_missing_locations(copied)),
             )  # fmt: skip
 
 
