@@ -1,4 +1,10 @@
-"""Arrays -> losses, advantages, penalties: pure functions, per token, reduced in one place."""
+"""Arrays -> losses, advantages, penalties: pure functions, per token, reduced in one place.
+
+Arrays come by position, hyperparameters by keyword with the paper's default. Where a docstring says
+float32, bfloat16 may come as well and is computed with in float32, and float64 stays what it is.
+What lies off `mask` or `is_valid` is never read, not even by a gradient. docs/papers.md says which
+equation each function is, and which test proves it.
+"""
 
 from alignjax.losses.advantage import (
     distillation_advantage,
