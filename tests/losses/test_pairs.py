@@ -31,7 +31,7 @@ def sums_oracle(logp, mask, segment_ids, num_segments):
     return sums, lengths, lengths > 0
 
 
-def desensitized_oracle(logp, mask, segment_ids, shared_len, alpha):
+def desensitized_oracle(logp, mask, segment_ids, shared_len, alpha=0.5):
     out = np.zeros(mask.shape)
     for row, _, at in completions(mask, segment_ids):
         for i, t in enumerate(at):
@@ -49,7 +49,7 @@ def weights_oracle(mask, segment_ids, num_segments, frozen, **_):
     return out
 
 
-def rewards_oracle(pairs, beta, frozen):
+def rewards_oracle(pairs, frozen, beta=0.1):
     on = pairs["is_valid"]
     chosen, rejected = preferences.gains(frozen["pairs"])
     return np.where(on, beta * chosen, 0), np.where(on, beta * rejected, 0)
@@ -58,10 +58,10 @@ def rewards_oracle(pairs, beta, frozen):
 TestOracles = oracle_tests(
     [
         Case(losses.sequence_logps, sums_oracle, {"num_segments": S}),
-        Case(losses.length_desensitized_logps, desensitized_oracle, {"alpha": 0.5}),
+        Case(losses.length_desensitized_logps, desensitized_oracle),
         Case(losses.length_desensitized_logps, desensitized_oracle, {"alpha": 0.0}),
         Case(losses.wpo_weights, weights_oracle, {"num_segments": S}, frozen=True),
-        Case(losses.implicit_rewards, rewards_oracle, {"beta": 0.1}, frozen=True),
+        Case(losses.implicit_rewards, rewards_oracle, frozen=True),
         Case(losses.implicit_rewards, rewards_oracle, {"beta": 2.0}, frozen=True),
     ]
 )
