@@ -13,12 +13,18 @@ REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "benchmarks" / "results"
 
 
+def git(*words: str) -> str:
+    return subprocess.check_output(["git", "-C", str(REPO), *words], text=True).strip()
+
+
+def commit() -> str:
+    """The commit that is measured; `+` after it if the code differs from it."""
+    is_modified = git("status", "--porcelain", "--", "alignjax", "benchmarks/*.py", "tests")
+    return git("rev-parse", "HEAD") + ("+" if is_modified else "")
+
+
 def circumstances() -> dict[str, Any]:
     """Commit, device and versions. No name of a machine and no path."""
-
-    def git(*words: str) -> str:
-        return subprocess.check_output(["git", "-C", str(REPO), *words], text=True).strip()
-
     return {
         "commit": git("rev-parse", "HEAD"),
         "is_modified": bool(git("status", "--porcelain", "--", "alignjax", "benchmarks/*.py")),
