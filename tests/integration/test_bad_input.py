@@ -18,6 +18,10 @@ from alignjax.recipes.stage import lock
 from alignjax.text import load_tokenizer, vocab_tokenizer
 
 REPO = Path(__file__).resolve().parents[2]
+PRESETS = (
+    "'grpo', 'dr_grpo', 'dapo', 'bnpo', 'gspo', 'gmpo', 'cispo', 'sapo', 'opo', 'gdpo', 'gpg', "
+    "'rloo' or 'reinforce_pp_baseline'"
+)
 
 SFT = """\
 phase: sft
@@ -163,10 +167,13 @@ def lines(path):
          "c.yaml:3: model: give either path (a directory) or init (a shape to start from)"),
         (GRPO, ["rollout.group_size=1"],
          "command line: rollout.group_size: group_size=1 gives no baseline; use at least 2"),
-        (GRPO.replace("dr_grpo", "drgrpo"), [], "c.yaml:8: algorithm.preset: expected 'grpo', "
-         "'dr_grpo' or 'dapo', got the text 'drgrpo'; did you mean 'dr_grpo'?"),
-        (GRPO.replace("dr_grpo", "[dapo]"), [], "c.yaml:8: algorithm.preset: expected 'grpo', "
-         "'dr_grpo' or 'dapo', got a list of 1; did you mean 'dapo'?"),
+        (GRPO.replace("dr_grpo", "drgrpo"), [], f"c.yaml:8: algorithm.preset: expected {PRESETS}, "
+         "got the text 'drgrpo'; did you mean 'dr_grpo'?"),
+        (GRPO.replace("dr_grpo", "[dapo]"), [], f"c.yaml:8: algorithm.preset: expected {PRESETS}, "
+         "got a list of 1; did you mean 'dapo'?"),
+        (GRPO.replace("{preset: dr_grpo}", "{surrogate: clip}"), [],
+         "c.yaml:8: algorithm.surrogate: expected 'ppo_clip', 'dual_clip', 'cispo', 'sapo', "
+         "'reinforce' or 'gmpo', got the text 'clip'; did you mean 'ppo_clip'?"),
         (GRPO, ["data.micro_batches=3"], "c.yaml: 16 completions (rollout.num_prompts x "
          "group_size) do not divide into 1 minibatches of 3 micro-batches"),
     ],
