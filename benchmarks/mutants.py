@@ -214,16 +214,19 @@ def tests_of(module: str) -> list[str]:
 
 
 def stages(mutant: Mutant) -> Iterator[list[str]]:
-    """Arguments of pytest, the quickest to notice first."""
-    own, general = tests_of(mutant.module), [str(TESTS / "test_properties.py")]
-    is_public = mutant.function and not mutant.function.startswith("_")
-    if is_public:
-        yield [*own, "-k", f"oracle_in_float64_{mutant.function} or its_oracle_{mutant.function}"]
-    else:
-        yield [*own, "-k", "float64"]
+    """Arguments of pytest, the quickest to notice first. A helper is tested by what it helps."""
+    own = tests_of(mutant.module)
+    tree = ast.parse((LOSSES / f"{mutant.module}.py").read_text(encoding="utf-8"))
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    names = [name for name in names if not name.startswith("_")]
+    if mutant.function in names:
+        names = [mutant.function]
+    oracles = [f"{test}_{name}" for name in names for test in ("in_float64", "its_oracle")]
+    yield [*own, "-k", " or ".join(oracles)]
     yield own
     yield [str(TESTS / "test_presets.py")]
-    yield [*general, "-k", f"[{mutant.function}]"] if is_public else general
+    properties = [f"[{name}] or -{name}]" for name in names]
+    yield [str(TESTS / "test_properties.py"), "-k", " or ".join(properties)]
 
 
 def is_noticed(mutant: Mutant) -> int:
