@@ -76,6 +76,10 @@ def dpo_and_others(pairs):
     return losses.mixture(pairs, parts=parts)
 
 
+def ipo_mean(p, beta=0.1):
+    return (mean_gain(p) - 1 / (2 * beta)) ** 2
+
+
 TestOracles = oracle_tests(
     [
         Case(losses.dpo, per_pair(dpo)),
@@ -95,11 +99,8 @@ TestOracles = oracle_tests(
         Case(losses.dpop, per_pair(dpop), {"beta": 0.1, "penalty_coef": 0.5}),
         Case(losses.hinge, per_pair(lambda p, beta=0.1: max(0.0, 1 - beta * gain(p)))),
         Case(losses.ipo, per_pair(lambda p, beta=0.1: (gain(p) - 1 / (2 * beta)) ** 2)),
-        Case(
-            losses.ipo_mean,
-            per_pair(lambda p, beta: (mean_gain(p) - 1 / (2 * beta)) ** 2),
-            {"beta": 0.4},
-        ),
+        Case(losses.ipo_mean, per_pair(ipo_mean)),
+        Case(losses.ipo_mean, per_pair(ipo_mean), {"beta": 0.4}),
         Case(losses.exo, per_pair(exo)),
         Case(losses.exo, per_pair(exo), {"beta": 0.5, "label_smoothing": 0.1}),
         Case(losses.discopop, per_pair(discopop)),
