@@ -32,10 +32,11 @@ def clean(where: Array, *arrays: Array, rank: int) -> tuple[Array, ...]:
     for i, x in enumerate(arrays):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise AssertionError(f"array {i} after the mask is {x.dtype}: expected a float type")
-    return tuple(jnp.where(where, x.astype(_at_least_float32(x)), 0.0) for x in arrays)
+    return tuple(jnp.where(where, x.astype(at_least_float32(x)), 0.0) for x in arrays)
 
 
-def _at_least_float32(x: Array) -> jnp.dtype:
+def at_least_float32(x: Array) -> jnp.dtype:
+    """The type that sums of x are made in: float32, or float64 if x is."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -54,7 +55,7 @@ def sum(x: Array, where: Array, axis: Axis = None, *, keepdims: bool = False) ->
     """
     chex.assert_equal_shape([x, where])
     chex.assert_type(where, bool)
-    kind = _at_least_float32(x)
+    kind = at_least_float32(x)
     return jnp.sum(jnp.where(where, x, 0.0), axis, dtype=kind, keepdims=keepdims)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.dtypes import float0
 
+from alignjax.core.masked import at_least_float32
 from alignjax.core.precision import matmul_precision
 
 ROWS_PER_CHUNK = 1024
@@ -105,7 +106,7 @@ def divisor(temperature: Array | float, hidden: Array) -> Array:
     chex.assert_rank(temperature, 0)
     if isinstance(temperature, int | float | np.generic | np.ndarray) and not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected > 0 (greedy is scored at 1.0)")
-    return jnp.asarray(temperature, _wide(hidden))
+    return jnp.asarray(temperature, at_least_float32(hidden))
 
 
 def by_token(
@@ -215,11 +216,6 @@ def _take(x: Array, index: Array, where: Array) -> Array:
     )
 
 
-def _wide(x: Array) -> jnp.dtype:
-    """The type that products of x are summed in: at least float32."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _multiply(spec: str, a: Array, b: Array) -> Array:
     """An einsum in the type of `a`, summed in float32 at least, at the sampler's precision."""
     return jnp.einsum(
@@ -227,7 +223,7 @@ def _multiply(spec: str, a: Array, b: Array) -> Array:
         a,
         b.astype(a.dtype),
         precision=matmul_precision(a.dtype),
-        preferred_element_type=_wide(a),
+        preferred_element_type=at_least_float32(a),
     )
 
 
@@ -288,7 +284,7 @@ def _backward(
         return d_slots.at[i].set(d_h.astype(dtype)), d_unembedding
 
     d_slots = jnp.zeros((*plan.order.shape, hidden.shape[2]), dtype)
-    d_unembedding = jnp.zeros(unembedding.shape, _wide(hidden))
+    d_unembedding = jnp.zeros(unembedding.shape, at_least_float32(hidden))
     d_slots, d_unembedding = jax.lax.fori_loop(0, plan.num_chunks, chunk, (d_slots, d_unembedding))
     d_tokens = _join(d_slots, plan)  # by the token predicted: one step after its predictor
     d_hidden = jnp.roll(d_tokens, -1, axis=1)

@@ -95,9 +95,8 @@ class AlgorithmConfig(Config):
                 f"surrogate={self.surrogate!r} has no {', '.join(sorted(given - taken.keys()))}; "
                 f"it has {', '.join(taken) or 'no hyperparameters'}"
             )
-        losses.SURROGATES[self.surrogate](
-            *_ONE_TOKEN, **self.algorithm.options
-        )  # raises on bad values
+        # Raises on values that the surrogate refuses.
+        losses.SURROGATES[self.surrogate](*_ONE_TOKEN, **self.algorithm.options)
         return self
 
     @model_validator(mode="after")
