@@ -37,7 +37,7 @@ TESTED_BY = {
     "vocabulary": ("vocabulary", "logprob", "distill"),
 }
 """Modules whose tests are in other files than that of their name."""
-LIMIT_S = 240
+LIMIT_S = 900
 """A fault that makes the tests hang is noticed, too."""
 
 SWAPPED_OPERATORS = {
