@@ -11,7 +11,8 @@ from jax import Array
 
 from alignjax.core.precision import matmul_precision
 from alignjax.models.config import ModelConfig
-from alignjax.models.layers import Linear, RMSNorm, rotate
+from alignjax.models.layers import Linear, Norm, make_norm
+from alignjax.models.rope import rotate
 
 
 class Cache(NamedTuple):
@@ -52,30 +53,38 @@ class LayerCache(NamedTuple):
         return cache, all_k, all_v
 
 
-def visible(query_segments: Array, key_segments: Array, first_slot: Array | int = 0) -> Array:
-    """Which keys each query sees: those of its own segment, in its own slot or before.
+class Sight(NamedTuple):
+    """What the queries of a call may see: keys of their own segment, in their own slot or before.
 
     A query always sees itself, so that no row of scores is empty, padding included.
-
-    Args:
-      query_segments: [B, T] int32; query t sits in slot first_slot + t.
-      key_segments: [B, S] int32; key s sits in slot s.
-    Returns:
-      [B, T, S] bool.
     """
-    queries = first_slot + jnp.arange(query_segments.shape[1])
-    keys = jnp.arange(key_segments.shape[1])
-    is_same = query_segments[:, :, None] == key_segments[:, None, :]
-    return is_same & (keys[None, :] <= queries[:, None])
+
+    query_segments: Array
+    """[B, T] int32; query t sits in slot first_slot + t."""
+    key_segments: Array
+    """[B, S] int32; key s sits in slot s."""
+    first_slot: Array | int = 0
+
+    def mask(self, window: Array | int | None = None) -> Array:
+        """[B, T, S] bool; with a window, of the last `window` slots only."""
+        queries = self.first_slot + jnp.arange(self.query_segments.shape[1])
+        keys = jnp.arange(self.key_segments.shape[1])
+        is_same = self.query_segments[:, :, None] == self.key_segments[:, None, :]
+        distance = queries[:, None] - keys[None, :]
+        is_near = distance >= 0
+        return is_same & (is_near if window is None else is_near & (distance < window))
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """softmax(q k / sqrt(head_dim)) v (arXiv:1706.03762 eq. 1); query head h reads head h // G.
+def attend(
+    q: Array, k: Array, v: Array, mask: Array, *, scale: float, soft_cap: float | None = None
+) -> Array:
+    """softmax(scale q k) v (arXiv:1706.03762 eq. 1); query head h reads head h // G.
 
     Args:
       q: [B, T, H, head_dim]; H = K * G.
       k, v: [B, K, head_dim, S], the dtype of q.
       mask: [B, T, S] bool; at least one True for each query.
+      soft_cap: scores are soft_cap * tanh(scores / soft_cap) (arXiv:2408.00118 sec. 2).
     Returns:
       [B, T, H, head_dim] of the dtype of q; the softmax is float32.
     """
@@ -83,8 +92,10 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     slots = k.shape[-1]
     # The heads that share keys are rows of one product of matrices.
     grouped = jnp.swapaxes(q, 1, 2).reshape(batch, k.shape[1], -1, head_dim)
-    scores = _einsum("bkrh,bkhs->bkrs", grouped, k).reshape(batch, heads, time, slots)
-    scores = jnp.where(mask[:, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    scores = _einsum("bkrh,bkhs->bkrs", grouped, k).reshape(batch, heads, time, slots) * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     weights = weights.reshape(*grouped.shape[:3], slots)
     if weights.shape[2] == 1:  # Twice the same: CPUs sum a single row in another order than many.
@@ -115,24 +126,42 @@ class Attention(nnx.Module):
         width = {"embed": config.hidden_size}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        kwargs = {"bias": config.attention_bias, "std": config.initializer_range, "rngs": rngs}
-        self.query = Linear(width, heads, **kwargs)
-        self.key = Linear(width, kv_heads, **kwargs)
-        self.value = Linear(width, kv_heads, **kwargs)
-        self.out = Linear(heads, width, **kwargs)
-        norm = (config.head_dim, config.norm_eps)
-        self.query_norm = RMSNorm(*norm) if config.qk_norm else None
-        self.key_norm = RMSNorm(*norm) if config.qk_norm else None
+        kwargs = {"std": config.initializer_range, "rngs": rngs}
+        self.query = Linear(width, heads, bias=config.attention_bias, **kwargs)
+        self.key = Linear(width, kv_heads, bias=config.attention_bias, **kwargs)
+        self.value = Linear(width, kv_heads, bias=config.attention_bias, **kwargs)
+        self.out = Linear(heads, width, bias=config.attention_out_bias, **kwargs)
+        self.is_norm_of_all_heads = config.qk_norm == "whole"
+        sizes = [config.head_dim, config.head_dim]
+        if self.is_norm_of_all_heads:
+            sizes = [config.num_heads * sizes[0], config.num_kv_heads * sizes[1]]
+        self.query_norm, self.key_norm = (
+            None if config.qk_norm is None else make_norm(config, size) for size in sizes
+        )
+        scalar = config.head_dim if config.query_scalar is None else config.query_scalar
+        self.scale, self.soft_cap = scalar**-0.5, config.attention_soft_cap
 
     def __call__(
-        self, x: Array, angles: tuple[Array, Array], mask: Array, cache: LayerCache | None
+        self,
+        x: Array,
+        angles: tuple[Array, Array] | None,
+        mask: Array,
+        cache: LayerCache | None,
     ) -> tuple[Array, LayerCache | None]:
         """[B, T, D] -> [B, T, D]; the new keys and values go to the cache where there is one."""
         q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k = self._normed(q, self.query_norm), self._normed(k, self.key_norm)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
         k, v = (jnp.transpose(array, (0, 2, 3, 1)) for array in (k, v))
         if cache is not None:
             cache, k, v = cache.append(k, v)
-        return self.out(attend(q, k, v, mask)), cache
+        return self.out(attend(q, k, v, mask, scale=self.scale, soft_cap=self.soft_cap)), cache
+
+    def _normed(self, x: Array, norm: Norm | None) -> Array:
+        """[B, T, H, head_dim] -> the same."""
+        if norm is None:
+            return x
+        if self.is_norm_of_all_heads:
+            return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+        return norm(x)

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from alignjax.core.errors import UserError
 from alignjax.models import families
+from alignjax.models.tensors import TENSORS, UNREAD, Tensor
 from alignjax.models.transformer import Model
 from alignjax.sharding.rules import shardings
 
@@ -30,21 +31,21 @@ DTYPES = ("F32", "F16", "BF16")
 
 
 class _Entry(NamedTuple):
-    """One parameter and the tensors that it is made of."""
+    """One parameter, and where in the files it is."""
 
-    tensor: families.Tensor
+    tensor: Tensor
+    which: int
+    """Its place among the parameters of the tensor."""
+    ours: tuple[tuple[int, ...], ...]
+    """Shapes of all parameters of the tensor, in one layer and of one expert."""
     shape: tuple[int, ...]
-    """Of the parameter, with the leading axis of the layers if it has one."""
-    names: tuple[str, ...]
-    """One for each layer, or a single one."""
+    """Of the parameter, with the leading axes of layers and experts if it has them."""
+    names: np.ndarray
+    """[layers, experts], or fewer axes: the name of the tensor of each."""
 
     @property
-    def is_stacked(self) -> bool:
-        return self.tensor.path[0] == "layers"
-
-    @property
-    def layer_shape(self) -> tuple[int, ...]:
-        return self.shape[1:] if self.is_stacked else self.shape
+    def theirs(self) -> tuple[int, ...]:
+        return self.tensor.shape(self.ours)
 
 
 def load(
@@ -125,12 +126,15 @@ def save(
     directory = Path(path)
     extra = dict(extra_config or {})
     tensors: dict[str, np.ndarray] = {}
-    for entry in _entries(model, params).values():
-        array = _to_host(_get(params, entry.tensor.path))
-        layers = array if entry.is_stacked else array[None]
-        for name, layer in zip(entry.names, layers, strict=True):
+    entries = _entries(model, params)
+    for entry in entries.values():
+        if entry.which:
+            continue  # written with the first of its tensor
+        arrays = [_to_host(_get(params, path)) for path in entry.tensor.paths]
+        for index in np.ndindex(entry.names.shape):
+            tensor = entry.tensor.write([array[index] for array in arrays])
             # safetensors writes the buffer as it lies: it must be contiguous.
-            tensors[name] = np.ascontiguousarray(entry.tensor.write(layer), np.float32)
+            tensors[entry.names[index]] = np.ascontiguousarray(tensor, np.float32)
     if jax.process_index() != 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -144,13 +148,24 @@ def save(
 
 def _entries(model: Model, params: Any) -> dict[tuple[str, ...], _Entry]:
     """Path of each parameter of the model -> its tensors. `params` may be shapes alone."""
+    config = model.config
+    shapes = {
+        tuple(key.key for key in key_path): tuple(array.shape)
+        for key_path, array in jax.tree.leaves_with_path(params)
+    }
     entries = {}
-    by_path = {tensor.path: (name, tensor) for name, tensor in families.TENSORS.items()}
-    for key_path, array in jax.tree.leaves_with_path(params):
-        name, tensor = by_path[tuple(key.key for key in key_path)]
-        num_layers = model.config.num_layers if tensor.path[0] == "layers" else 1
-        names = tuple(name.format(layer=layer) for layer in range(num_layers))
-        entries[tensor.path] = _Entry(tensor, tuple(array.shape), names)
+    for name, tensor in TENSORS[config.family].items():
+        if tensor.paths[0] not in shapes:
+            continue
+        sizes = {"layer": config.num_layers, "expert": config.num_experts}
+        stacked = {axis: size for axis, size in sizes.items() if f"{{{axis}}}" in name}
+        names = np.empty(tuple(stacked.values()), object)
+        for index in np.ndindex(names.shape):
+            names[index] = name.format(**dict(zip(stacked, index, strict=True)))
+        ours = tuple(shapes[path][names.ndim :] for path in tensor.paths)
+        for which, path in enumerate(tensor.paths):
+            entries[path] = _Entry(tensor, which, ours, shapes[path], names)
+    assert entries.keys() == shapes.keys(), entries.keys() ^ shapes.keys()
     return entries
 
 
@@ -160,18 +175,18 @@ def _match(
     """The entries of the model, after checking that the checkpoint holds them and no others."""
     entries = _entries(model, shapes)
     for entry in entries.values():
-        expected = entry.tensor.shape(entry.layer_shape)
-        for name in entry.names:
+        for name in entry.names.flat:
             if name not in tensors:
                 raise UserError(f"{directory}: tensor {name!r} is missing; config.json implies it")
-            tensors[name].check(name, expected)
-    known = {name for entry in entries.values() for name in entry.names}
+            tensors[name].check(name, entry.theirs)
+    known = {name for entry in entries.values() for name in entry.names.flat}
     for name in sorted(set(tensors) - known):
-        if name.endswith("rotary_emb.inv_freq"):  # computed from the base; old files hold it
+        if name.endswith(UNREAD):
             continue
         if name == "lm_head.weight" and model.config.tie_embeddings:
-            embedding = tensors["model.embed_tokens.weight"]
-            tensors[name].check(name, entries[("embedding",)].shape)
+            entry = entries[("embedding",)]
+            embedding = tensors[entry.names[()]]
+            tensors[name].check(name, entry.theirs)
             if np.array_equal(tensors[name].read(), embedding.read()):
                 continue
             raise UserError(
@@ -210,17 +225,20 @@ class _Stored(NamedTuple):
 def _read(entry: _Entry, tensors: Mapping[str, _Stored], sharding: Any) -> jax.Array:
     """Reads one parameter, shard by shard: the host holds one shard and one tensor at a time."""
     done: dict[str, np.ndarray] = {}
+    num_stacked = entry.names.ndim
+    part = entry.tensor.part(entry.ours, entry.which)
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         key = str(index)
         if key not in done:  # replicas ask for the same shard again
-            within = index[1:] if entry.is_stacked else index
-            layers = [
-                entry.tensor.read(tensors[name].read(), entry.layer_shape)[within]
-                for name in (entry.names[index[0]] if entry.is_stacked else entry.names)
+            names, within = entry.names[index[:num_stacked]], index[num_stacked:]
+            one = entry.ours[entry.which]
+            pieces = [
+                entry.tensor.read(tensors[name].read()[part], one)[within]
+                for name in np.ravel(names)
             ]
-            whole = np.stack(layers, dtype=np.float32, casting="unsafe")
-            done[key] = whole if entry.is_stacked else whole[0]
+            whole = np.stack(pieces, dtype=np.float32, casting="unsafe")
+            done[key] = whole.reshape(*np.shape(names), *pieces[0].shape)
         return done[key]
 
     return jax.make_array_from_callback(entry.shape, sharding, shard)

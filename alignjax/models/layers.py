@@ -1,4 +1,4 @@
-"""Arrays -> arrays: RMSNorm, projections, embedding, the gated MLP, as Flax NNX modules.
+"""Arrays -> arrays: norms, projections, embedding and the MLP, as Flax NNX modules.
 
 Parameters are float32 and carry the names of their axes (`logical_axes`), which `sharding.rules`
 maps to mesh axes. Matmuls run in the compute dtype; norms are float32 inside.
@@ -6,8 +6,9 @@ maps to mesh axes. Matmuls run in the compute dtype; norms are float32 inside.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +19,60 @@ from alignjax.core.precision import matmul_precision
 from alignjax.models.config import ModelConfig
 
 
-def _normal(rngs: nnx.Rngs, sizes: Mapping[str, int], std: float) -> nnx.Param:
+def normal_param(rngs: nnx.Rngs, sizes: Mapping[str, int], std: float) -> nnx.Param:
     value = std * jax.random.normal(rngs.params(), tuple(sizes.values()), jnp.float32)
     return nnx.Param(value, logical_axes=tuple(sizes))
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv:1910.07467 eq. 4)."""
+    """x / sqrt(mean(x^2) + eps) * (offset + scale) over the last axis (arXiv:1910.07467 eq. 4).
+
+    The offset is 0, or 1 in the Gemma family, where scale starts at 0.
+    """
+
+    def __init__(self, size: int, eps: float, *, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full(size, 1 - offset, jnp.float32), logical_axes=("norm",))
+        self.eps, self.offset = eps, offset
+
+    def __call__(self, x: Array) -> Array:
+        """[..., size] any float dtype -> the same; float32 inside."""
+        y = x.astype(jnp.float32)
+        y = y * _inverse_root(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        return (y * (scale + self.offset if self.offset else scale)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis (arXiv:1607.06450 eq. 4)."""
 
     def __init__(self, size: int, eps: float):
         self.scale = nnx.Param(jnp.ones(size, jnp.float32), logical_axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros(size, jnp.float32), logical_axes=("norm",))
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
         """[..., size] any float dtype -> the same; float32 inside."""
         y = x.astype(jnp.float32)
-        root = jnp.sqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        # Not rsqrt, which CPUs approximate in one way for few rows and in another for many: the
-        # sampler and the trainer would differ. The barrier keeps the compiler from making it one.
-        y = y * (1 / jax.lax.optimization_barrier(root))
-        return (y * self.scale[...]).astype(x.dtype)
+        y = y - jnp.mean(y, -1, keepdims=True)
+        y = y * _inverse_root(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+def _inverse_root(x: Array) -> Array:
+    """Not rsqrt, which CPUs approximate in one way for few rows and in another for many: the
+    sampler and the trainer would differ. The barrier keeps the compiler from making it one."""
+    return 1 / jax.lax.optimization_barrier(jnp.sqrt(x))
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(config: ModelConfig, size: int) -> Norm:
+    """The norm of a config, over `size` dimensions."""
+    if config.norm == "layer":
+        return LayerNorm(size, config.norm_eps)
+    return RMSNorm(size, config.norm_eps, offset=1.0 if config.norm == "rms_plus_one" else 0.0)
 
 
 class Linear(nnx.Module):
@@ -52,7 +87,7 @@ class Linear(nnx.Module):
         std: float,
         rngs: nnx.Rngs,
     ):
-        self.kernel = _normal(rngs, {**inputs, **outputs}, std)
+        self.kernel = normal_param(rngs, {**inputs, **outputs}, std)
         self.num_inputs = len(inputs)
         zeros = jnp.zeros(tuple(outputs.values()), jnp.float32)
         self.bias = nnx.Param(zeros, logical_axes=tuple(outputs)) if bias else None
@@ -69,19 +104,31 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)): SwiGLU (arXiv:2002.05202 eq. 6)."""
+    """down(act(gate(x)) * up(x)), as SwiGLU (arXiv:2002.05202 eq. 6); without gate
+    down(act(up(x)))."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width, inner = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
         kwargs = {"bias": config.mlp_bias, "std": config.initializer_range, "rngs": rngs}
-        self.gate = Linear(width, inner, **kwargs)
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate = Linear(width, inner, **kwargs) if config.gated_mlp else None
         self.up = Linear(width, inner, **kwargs)
         self.down = Linear(inner, width, **kwargs)
 
     def __call__(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, D]."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        up = self.up(x)
+        inner = self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
+        return self.down(inner)
 
 
 class Ends(nnx.Module):
@@ -89,47 +136,33 @@ class Ends(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width, words = {"embed": config.hidden_size}, {"vocab": config.vocab_size}
-        self.embedding = _normal(rngs, words | width, config.initializer_range)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.embedding = normal_param(rngs, words | width, config.initializer_range)
+        self.norm = make_norm(config, config.hidden_size)
         self.unembedding = (
             None
             if config.tie_embeddings
-            else _normal(rngs, width | words, config.initializer_range)
+            else normal_param(rngs, width | words, config.initializer_range)
         )
+        places = {"positions": config.max_position_embeddings}
+        self.positions = (
+            normal_param(rngs, places | width, config.initializer_range)
+            if config.positions == "learned"
+            else None
+        )
+        self.factor = math.sqrt(config.hidden_size) if config.scale_embeddings else None
 
-    def embed(self, tokens: Array, dtype: jnp.dtype) -> Array:
+    def embed(self, tokens: Array, positions: Array, dtype: jnp.dtype) -> Array:
         """[B, T] int32 -> [B, T, D]; an id that there is not, as padding may hold, is the nearest.
 
         By default it would be nan, which the attention weight 0 does not make 0.
         """
-        return jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(dtype)
+        x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
+        if self.positions is not None:
+            x = x + jnp.take(self.positions[...], positions, axis=0, mode="clip")
+        x = x.astype(dtype)
+        # The factor is rounded first, as transformers has it.
+        return x if self.factor is None else x * jnp.asarray(self.factor, dtype)
 
     def matrix(self) -> Array:
         """[D, V] float32."""
         return self.embedding[...].T if self.unembedding is None else self.unembedding[...]
-
-
-def rope_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines of position * theta^(-2i / head_dim) (arXiv:2104.09864 eq. 15).
-
-    Args:
-      positions: [B, T] int32.
-    Returns:
-      Two arrays [B, T, head_dim / 2], float32.
-    """
-    frequencies = [math.pow(theta, -2 * i / head_dim) for i in range(head_dim // 2)]
-    angles = positions[..., None].astype(jnp.float32) * jnp.array(frequencies, jnp.float32)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns the pairs (x[i], x[i + head_dim / 2]), as Hugging Face checkpoints pair them.
-
-    Args:
-      x: [B, T, H, head_dim]; cos, sin: [B, T, head_dim / 2] float32.
-    Returns:
-      The same shape and dtype as x; float32 inside.
-    """
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

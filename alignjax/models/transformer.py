@@ -8,7 +8,7 @@ compile it, is the same for 2 layers and for 80.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,29 +18,65 @@ from flax import nnx
 from jax import Array
 
 from alignjax.core.precision import matmul_precision
-from alignjax.models.attention import Attention, Cache, LayerCache, visible
+from alignjax.models.attention import Attention, Cache, LayerCache, Sight
 from alignjax.models.config import ModelConfig
-from alignjax.models.layers import MLP, Ends, RMSNorm, rope_angles
+from alignjax.models.layers import MLP, Ends, make_norm
+from alignjax.models.moe import Experts, RouterSums
+from alignjax.models.rope import rope_angles
 
 if TYPE_CHECKING:
     from alignjax.core.types import Params
 
 
 class Layer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(x), then x + mlp(x); norms before, after or around each of the two."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        width = config.hidden_size
+        has_before, has_after = config.norm_position != "after", config.norm_position != "before"
+        self.attention_norm = make_norm(config, width) if has_before else None
         self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, rngs)
+        self.attention_out_norm = make_norm(config, width) if has_after else None
+        self.mlp_norm = make_norm(config, width) if has_before else None
+        self.mlp = Experts(config, rngs) if config.num_experts else MLP(config, rngs)
+        self.mlp_out_norm = make_norm(config, width) if has_after else None
 
     def __call__(
-        self, x: Array, angles: tuple[Array, Array], mask: Array, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
-        mixed, cache = self.attention(self.attention_norm(x), angles, mask, cache)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cache
+        self,
+        x: Array,
+        angles: tuple[Array, Array] | None,
+        mask: Array,
+        is_real: Array,
+        cache: LayerCache | None,
+    ) -> tuple[Array, LayerCache | None, RouterSums | None]:
+        y, cache = self.attention(_through(self.attention_norm, x), angles, mask, cache)
+        x = x + _through(self.attention_out_norm, y)
+        y, sums = _through(self.mlp_norm, x), None
+        if isinstance(self.mlp, Experts):
+            y, sums = self.mlp(y, is_real)
+        else:
+            y = self.mlp(y)
+        return x + _through(self.mlp_out_norm, y), cache, sums
+
+
+def _through(norm: Any, x: Array) -> Array:
+    return x if norm is None else norm(x)
+
+
+def _by_kind(kinds: Sequence[Any], make: Callable[[Any], Any]) -> Callable[[Array], Any]:
+    """Number of a layer -> `make` of its kind, made once for each kind there is."""
+    distinct = [*dict.fromkeys(kinds)]
+    made = [make(kind) for kind in distinct]
+    if len(distinct) == 1:
+        return lambda number: made[0]
+    index = jnp.array([distinct.index(kind) for kind in kinds], jnp.int32)
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *made)
+
+    def pick(number: Array) -> Any:
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, index[number], keepdims=False)  # noqa: E731
+        return jax.tree.map(take, stacked)
+
+    return pick
 
 
 @functools.cache
@@ -105,40 +141,68 @@ class Model:
     ) -> tuple[Array, Cache | None]:
         """Final-normed hidden states of each token, and the cache with the tokens added to it.
 
-        A query sees the keys of its own segment in its own slot or before. Without a cache, slots
-        are the T of the call; with one, they are those of the cache, where the T tokens go to
-        `cache.index` and on. Writing past `max_len` is the caller's mistake and is not detected.
+        A query sees the keys of its own segment in its own slot or before, within the layer's
+        window. Without a cache, slots are the T of the call; with one, they are those of the cache,
+        where the T tokens go to `cache.index` and on. Writing past `max_len` is the caller's
+        mistake and is not detected.
 
         Args:
           params: as `init` makes them.
           tokens: [B, T] int32; any id on padding.
           segment_ids: [B, T] int32; 0 on padding.
-          positions: [B, T] int32, of the rotary embedding; any value on padding.
+          positions: [B, T] int32, within the segment; any value on padding.
         Returns:
           hidden [B, T, D] of the compute dtype, finite everywhere, of no meaning on padding;
           the cache (None if None was given).
         """
-        config, dtype = self.config, jnp.dtype(self.compute_dtype)
+        return self._run(params, tokens, segment_ids, positions, cache)[:2]
+
+    def apply_with_routing(
+        self, params: Params, tokens: Array, segment_ids: Array, positions: Array
+    ) -> tuple[Array, RouterSums]:
+        """As `apply` without a cache, with how the tokens were spread over experts.
+
+        Raises:
+          ValueError: if the model has no experts.
+        """
+        hidden, _, sums = self._run(params, tokens, segment_ids, positions, None)
+        if sums is None:
+            raise ValueError("num_experts=0: this model has no router; use apply")
+        return hidden, sums
+
+    def _run(
+        self,
+        params: Params,
+        tokens: Array,
+        segment_ids: Array,
+        positions: Array,
+        cache: Cache | None,
+    ) -> tuple[Array, Cache | None, RouterSums | None]:
+        config = self.config
         ends = self._ends.bind({name: params[name] for name in params if name != "layers"})
-        x = ends.embed(tokens, dtype)
-        angles = rope_angles(positions, config.head_dim, config.rope_theta)
+        x = ends.embed(tokens, positions, jnp.dtype(self.compute_dtype))
+        is_real = segment_ids > 0
         if cache is None:
-            mask = visible(segment_ids, segment_ids)
+            sight = Sight(segment_ids, segment_ids)
             keys_values = None
         else:
             start = (0, cache.index)
             segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
-            mask = visible(segment_ids, segments, cache.index)
+            sight = Sight(segment_ids, segments, cache.index)
             keys_values = (cache.k, cache.v)
+        pick_angles = self._angles(positions, is_real)
+        pick_mask = _by_kind(config.windows, sight.mask)
 
-        def run_layer(carry: Any, layer: tuple[Any, Array]) -> tuple[Any, None]:
+        def run_layer(carry: Any, layer: tuple[Any, Array]) -> tuple[Any, RouterSums | None]:
             x, keys_values = carry
             weights, number = layer
             store = None
             if keys_values is not None:
                 store = LayerCache(*keys_values, number, cache.index)
-            x, store = self._layer.bind(weights)(x, angles, mask, store)
-            return (x, None if store is None else (store.k, store.v)), None
+            x, store, sums = self._layer.bind(weights)(
+                x, pick_angles(number), pick_mask(number), is_real, store
+            )
+            return (x, None if store is None else (store.k, store.v)), sums
 
         # Kept for the backward pass: the outputs of the projections. Recomputed: what lies between
         # them and the [T, T] scores, which costs little time and would be most of the memory.
@@ -148,23 +212,48 @@ class Model:
         )
         layers = (params["layers"], jnp.arange(config.num_layers))
         # Two layers to a turn of the loop: the program stays as small, and runs faster on a CPU.
-        (x, keys_values), _ = jax.lax.scan(run_layer, (x, keys_values), layers, unroll=2)
+        (x, keys_values), sums = jax.lax.scan(run_layer, (x, keys_values), layers, unroll=2)
         if cache is not None:
             cache = Cache(*keys_values, segments, cache.index + tokens.shape[1])
-        return ends.norm(x), cache
+        return ends.norm(x), cache, jax.tree.map(lambda each: jnp.sum(each, axis=0), sums)
+
+    def _angles(self, positions: Array, is_real: Array) -> Callable[[Array], Any]:
+        """Number of a layer -> cosines and sines of its rotary embedding; None where none has."""
+        config = self.config
+        if config.positions != "rope":
+            return lambda number: None
+        length = jnp.max(jnp.where(is_real, positions, 0)) + 1
+
+        def angles(kind: str) -> tuple[Array, Array]:
+            if kind == "none":
+                shape = (*positions.shape, config.rotary_dim // 2)
+                return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+            theta, scaling = config.rope_theta, config.rope_scaling
+            if kind == "local":
+                assert config.local_rope_theta is not None
+                theta, scaling = config.local_rope_theta, None
+            context = config.max_position_embeddings
+            return rope_angles(
+                positions, config.rotary_dim, theta, scaling, context=context, length=length
+            )
+
+        return _by_kind(config.rope_kinds, angles)
 
     def unembedding(self, params: Params) -> Array:
         """[D, V] float32: the transposed embedding where they are tied."""
         return self._ends.bind({k: v for k, v in params.items() if k != "layers"}).matrix()
 
     def logits(self, params: Params, hidden: Array) -> Array:
-        """hidden [..., D] -> [..., V] float32. Training should prefer `losses.logprob`'s chunks."""
-        return jnp.matmul(
+        """hidden [..., D] -> [..., V] float32, soft-capped where the family does so. Training
+        should prefer `losses.logprob`'s chunks."""
+        logits = jnp.matmul(
             hidden,
             self.unembedding(params).astype(hidden.dtype),
             precision=matmul_precision(hidden.dtype),
             preferred_element_type=jnp.float32,
         )
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
         """An empty cache for `batch` rows of up to `max_len` tokens, padding included."""

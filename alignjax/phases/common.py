@@ -152,6 +152,7 @@ def score_tokens(
         batch["tokens"],
         batch["mask"],
         temperature=temperature,
+        soft_cap=model.config.logit_soft_cap,
         chunk_size=default_chunk_size(batch["tokens"].shape[0] // num_shards),
         with_entropy=with_entropy,
     )

@@ -16,6 +16,10 @@ RULES: dict[str, str | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "norm": None,
+    "positions": None,
+    "experts": "tensor",
+    "router": None,
+    "expert_mlp": None,
     "layers": None,
 }
 

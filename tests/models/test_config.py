@@ -10,8 +10,8 @@ from alignjax.models import Model, ModelConfig
 def test_derived_fields():
     config = ModelConfig(vocab_size=10, hidden_size=96, num_heads=6)
     assert (config.num_kv_heads, config.head_dim, config.intermediate_size) == (6, 16, 256)
-    assert not config.qk_norm
-    assert ModelConfig(vocab_size=10, family="qwen3").qk_norm
+    assert config.qk_norm is None
+    assert ModelConfig(vocab_size=10, family="qwen3").qk_norm == "head"
 
 
 def test_tiny():
@@ -37,8 +37,8 @@ def test_hashable_and_frozen():
     [
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
-        ({"qk_norm": True}, "qk_norm=True cannot be written as family 'llama'"),
-        ({"family": "qwen3", "qk_norm": False}, "qk_norm=False cannot be written"),
+        ({"qk_norm": "head"}, "qk_norm='head' cannot be written as family 'llama'"),
+        ({"family": "qwen3", "qk_norm": "whole"}, "qk_norm='whole' cannot be written"),
         ({"family": "qwen3", "mlp_bias": True}, "mlp_bias=True cannot be written"),
         ({"hidden_size": 100, "num_heads": 3, "head_dim": 8}, "num_heads=3 does not divide"),
         ({"hidden_size": 100, "num_heads": 3, "family": "qwen3"}, "head_dim"),

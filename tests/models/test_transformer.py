@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from alignjax.models import Model, ModelConfig
-from alignjax.models.attention import attend, visible
-from alignjax.models.layers import RMSNorm, rope_angles, rotate
+from alignjax.models.attention import Sight, attend
+from alignjax.models.layers import RMSNorm
+from alignjax.models.rope import rope_angles, rotate
 from alignjax.sharding import MeshConfig, init_sharded, make_mesh, put_batch, shardings
 
 CONFIG = ModelConfig(
@@ -42,11 +43,11 @@ def test_visible_by_hand():
         [0, 0, 0, 1, 1, 0],
         [1, 0, 0, 0, 0, 1],
     ]
-    np.testing.assert_array_equal(visible(segments, segments)[0], np.array(expected, bool))
+    np.testing.assert_array_equal(Sight(segments, segments).mask()[0], np.array(expected, bool))
     # Two new queries in slots 3 and 4 of a cache of 6; the last slot is not written yet.
     cached = jnp.array([[0, 1, 1, 1, 1, 0]])
     expected = [[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0]]
-    found = visible(jnp.array([[1, 1]]), cached, 3)[0]
+    found = Sight(jnp.array([[1, 1]]), cached, 3).mask()[0]
     np.testing.assert_array_equal(found, np.array(expected, bool))
 
 
@@ -61,7 +62,7 @@ def test_attend_against_float64():
         scores = q[b, t, h].astype(np.float64) @ k[b, h // 2].astype(np.float64) / np.sqrt(6)
         weights = np.exp(scores) * mask[b, t]
         expected[b, t, h] = v[b, h // 2].astype(np.float64) @ (weights / weights.sum())
-    np.testing.assert_allclose(attend(q, k, v, mask), expected, atol=2e-6)
+    np.testing.assert_allclose(attend(q, k, v, mask, scale=6**-0.5), expected, atol=2e-6)
 
 
 def test_rotation_by_hand():
