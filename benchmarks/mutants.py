@@ -33,7 +33,7 @@ LOSSES = record.REPO / "alignjax" / "losses"
 TESTS = record.REPO / "tests" / "losses"
 TESTED_BY = {
     "pairs": ("pairs", "preference", "reference_free", "unpaired"),
-    "segments": ("reduce", "ratio", "trajectory"),
+    "segments": ("segments", "reduce", "ratio", "trajectory"),
     "vocabulary": ("vocabulary", "logprob", "distill"),
 }
 """Modules whose tests are in other files than that of their name."""

@@ -25,8 +25,9 @@ def total(x: Array, mask: Array, segment_ids: Array) -> Array:
     Raises:
       AssertionError: at trace time, on a rank, shape or dtype other than the above.
     """
-    x, ids = _check(x, mask, segment_ids)
-    return jnp.where(mask, jnp.take_along_axis(_sums(x, ids, mask.shape[1] + 1), ids, axis=1), 0.0)
+    x = _checked(x, mask, segment_ids)
+    sums = _sums(x, segment_ids, mask.shape[1] + 1)
+    return jnp.where(mask, jnp.take_along_axis(sums, segment_ids, axis=1), 0.0)
 
 
 def length(mask: Array, segment_ids: Array) -> Array:
@@ -45,8 +46,8 @@ def each(x: Array, mask: Array, segment_ids: Array, *, num_segments: int) -> Arr
     Arguments as in `total`, 1 <= segment_ids <= num_segments under the mask. 0 for a sequence
     without a masked token.
     """
-    x, ids = _check(x, mask, segment_ids)
-    return _sums(x, ids, num_segments + 1)[:, 1:]
+    x = _checked(x, mask, segment_ids)
+    return _sums(x, segment_ids, num_segments + 1)[:, 1:]
 
 
 def count(mask: Array, segment_ids: Array) -> Array:
@@ -56,13 +57,12 @@ def count(mask: Array, segment_ids: Array) -> Array:
 
 def is_last(mask: Array, segment_ids: Array) -> Array:
     """[B, T] bool; True at the last masked token of each sequence."""
-    ids = jnp.where(mask, segment_ids, 0)
     times = jnp.where(mask, jnp.arange(mask.shape[1]), -1)
 
     def row(times: Array, ids: Array) -> Array:
         return jax.ops.segment_max(times, ids, num_segments=ids.size + 1)[ids]
 
-    return mask & (jax.vmap(row)(times, ids) == times)
+    return mask & (jax.vmap(row)(times, segment_ids) == times)
 
 
 def _sums(x: Array, ids: Array, num_segments: int) -> Array:
@@ -72,8 +72,9 @@ def _sums(x: Array, ids: Array, num_segments: int) -> Array:
     return jax.vmap(row)(x, ids)
 
 
-def _check(x: Array, mask: Array, segment_ids: Array) -> tuple[Array, Array]:
+def _checked(x: Array, mask: Array, segment_ids: Array) -> Array:
+    """x, 0 off mask: segment ids that there are not then add nothing, wherever that is."""
     (x,) = masked.clean(mask, x, rank=2)
     chex.assert_equal_shape([mask, segment_ids])
     chex.assert_type(segment_ids, jnp.int32)
-    return x, jnp.where(mask, segment_ids, 0)  # beyond the row's length one would read nan
+    return x

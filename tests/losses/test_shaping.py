@@ -186,6 +186,12 @@ def test_finite_at_extremes():
     np.testing.assert_allclose(losses.normalize_rewards(state, x, on), [[1, -1]], rtol=1e-6)
 
 
+def test_rewards_that_never_vary_are_divided_by_the_root_of_the_default_eps():
+    state = losses.init_moments()._replace(variance=jnp.zeros(()))
+    found = losses.normalize_rewards(state, jnp.array([[2.0, -1.0]]), jnp.ones((1, 2), bool))
+    np.testing.assert_allclose(found, [[2e4, -1e4]], rtol=1e-6)
+
+
 def test_errors():
     rewards, on = jnp.ones((2, 3)), jnp.ones((2, 3), bool)
     with pytest.raises(ValueError, match="penalty=-1: expected penalty >= 0"):
