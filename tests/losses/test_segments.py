@@ -1,4 +1,4 @@
-"""Sums over sequences of packed rows, by hand: off mask may stand anything, id 0 is one like any."""
+"""Sums over sequences of packed rows, by hand: off mask stands anything, id 0 is one like any."""
 
 import jax
 import jax.numpy as jnp
