@@ -1,0 +1,88 @@
+"""Queries, keys and values -> outputs by way of all scores: short contexts, and decoding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from alignjax.core.precision import matmul_precision
+
+NO_WINDOW = 2**30
+"""A window wider than any context, where a number is needed."""
+
+
+def visible(
+    query_segments: Array,
+    key_segments: Array,
+    first_slot: Array | int = 0,
+    window: Array | int | None = None,
+) -> Array:
+    """Which keys each query sees: those of its own segment, in its own slot or before.
+
+    A query always sees itself, so that no row of scores is empty, padding included.
+
+    Args:
+      query_segments: [B, T] int32; query t sits in slot first_slot + t.
+      key_segments: [B, S] int32; key s sits in slot s.
+      window: so many slots are seen at most, the query's own among them; None: all of them.
+    Returns:
+      [B, T, S] bool.
+    """
+    queries = first_slot + jnp.arange(query_segments.shape[1])
+    keys = jnp.arange(key_segments.shape[1])
+    is_near = keys[None, :] <= queries[:, None]
+    if window is not None:
+        is_near &= keys[None, :] > queries[:, None] - window
+    return (query_segments[:, :, None] == key_segments[:, None, :]) & is_near
+
+
+def einsum_attention(
+    q: Array, k: Array, v: Array, mask: Array, *, scale: float, soft_cap: float | None = None
+) -> Array:
+    """softmax(scale q k) v (arXiv:1706.03762 eq. 1); query head h reads head h // G.
+
+    A row of one query has the same bits as among many, on CPUs with shapes that the decoder uses:
+    that is what keeps the log-probs of the sampler those of the trainer.
+
+    Args:
+      q: [B, T, H, head_dim]; H = K * G.
+      k, v: [B, K, head_dim, S], the dtype of q; finite where the mask is False, too.
+      mask: [B, T, S] bool; at least one True for each query.
+      soft_cap: scores become cap tanh(score / cap), before the mask (arXiv:2408.00118 sec. 2).
+    Returns:
+      [B, T, H, head_dim] of the dtype of q; the softmax is float32.
+    """
+    batch, time, heads, head_dim = q.shape
+    slots = k.shape[-1]
+    # The heads that share keys are rows of one product of matrices.
+    grouped = jnp.swapaxes(q, 1, 2).reshape(batch, k.shape[1], -1, head_dim)
+    scores = float32_einsum("bkrh,bkhs->bkrs", grouped, k).reshape(batch, heads, time, slots)
+    scores = capped(scores * scale, soft_cap)
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    weights = weights.reshape(*grouped.shape[:3], slots)
+    if weights.shape[2] == 1:  # Twice the same: CPUs sum a single row in another order than many.
+        weights = jnp.repeat(weights, 2, axis=2)
+    out = float32_einsum("bkrs,bkhs->bkrh", weights, v)[:, :, : grouped.shape[2]]
+    return jnp.swapaxes(out.reshape(batch, heads, time, head_dim), 1, 2).astype(q.dtype)
+
+
+def capped(scores: Array, soft_cap: float | None) -> Array:
+    """cap tanh(scores / cap); the scores themselves without a cap."""
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def float32_einsum(spec: str, a: Array, b: Array) -> Array:
+    """Sums in float32. XLA's CPU backend has no batched bfloat16 product that does: cast there."""
+
+    def multiply(a: Array, b: Array) -> Array:
+        precision = matmul_precision(a.dtype)
+        return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+    def cast(a: Array, b: Array) -> Array:
+        return multiply(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    if a.dtype == jnp.float32:
+        return multiply(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=cast, default=multiply)
