@@ -42,8 +42,8 @@ def einsum_attention(
 ) -> Array:
     """softmax(scale q k) v (arXiv:1706.03762 eq. 1); query head h reads head h // G.
 
-    A row of one query has the same bits as among many, on CPUs with shapes that the decoder uses:
-    that is what keeps the log-probs of the sampler those of the trainer.
+    On a CPU in float32 a query alone has the bits that it has among many, except in small shapes:
+    that keeps the log-probs of the sampler those of the trainer.
 
     Args:
       q: [B, T, H, head_dim]; H = K * G.

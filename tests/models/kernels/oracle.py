@@ -18,7 +18,8 @@ class Inputs(NamedTuple):
     key_segments: np.ndarray
 
     def cast(self, dtype) -> Inputs:
-        return Inputs(*(jnp.asarray(x, dtype) for x in self[:3]), *map(jnp.asarray, self[3:]))
+        """Copies, so that a test may change its arrays while JAX still computes."""
+        return Inputs(*(jnp.array(x, dtype) for x in self[:3]), *map(jnp.array, self[3:]))
 
 
 def draw(segments, *, time=None, heads=6, kv_heads=3, head_dim=8, seed=0) -> Inputs:

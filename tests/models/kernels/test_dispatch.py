@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.models.kernels import attend, chunked, choose, dispatch
+from alignjax.models.kernels import attend, choose, chunked, dispatch
 from tests.models.kernels.oracle import Inputs, attention, draw
 
 IMPLEMENTATIONS = ("einsum", "chunked", "chunked in blocks", "xla", "splash")
@@ -173,13 +173,15 @@ def test_gradients_by_a_traced_layer_of_a_scan(implementation):
 
 def test_packed_equals_unpacked(implementation):
     inputs = draw(PACKED[:1]).cast(jnp.float32)
-    options = {"scale": SCALE, "windows": (6,), "implementation": implementation}
-    packed = attend(*inputs, **options)
+    attended = jax.jit(
+        functools.partial(attend, scale=SCALE, windows=(6,), implementation=implementation)
+    )
+    packed = attended(*inputs)
     for start, stop in ((0, 5), (5, 22), (22, 32)):
         part = np.s_[:, start:stop]
         segments = jnp.ones((1, stop - start), jnp.int32)
         k, v = inputs.k[..., start:stop], inputs.v[..., start:stop]
-        alone = attend(inputs.q[part], k, v, segments, segments, **options)
+        alone = attended(inputs.q[part], k, v, segments, segments)
         np.testing.assert_allclose(packed[part], alone, atol=2e-6)
 
 
@@ -200,14 +202,11 @@ def test_what_lies_on_padding_moves_nothing(implementation, garbage):
     """Outputs and gradients of tokens: the same bits. Outputs of padding are finite."""
     inputs = draw(LEFT_AND_RIGHT)
     cotangent = cotangent_of(inputs)
-    clean = value_and_gradients(
-        inputs.cast(jnp.float32), cotangent, implementation=implementation, soft_cap=None
-    )
+    run = functools.partial(value_and_gradients, implementation=implementation)
+    clean = run(inputs.cast(jnp.float32), cotangent)
     b, t = np.nonzero(inputs.query_segments == 0)
     inputs.q[b, t] = inputs.k[b, :, :, t] = inputs.v[b, :, :, t] = garbage
-    dirty = value_and_gradients(
-        inputs.cast(jnp.float32), cotangent, implementation=implementation, soft_cap=None
-    )
+    dirty = run(inputs.cast(jnp.float32), cotangent)
     assert all(np.isfinite(array).all() for array in dirty)
     b, t = np.nonzero(inputs.query_segments)
     for a, c in ((clean[0], dirty[0]), (clean[1], dirty[1])):
