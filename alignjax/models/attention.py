@@ -1,7 +1,8 @@
-"""Hidden states, angles and a mask -> hidden states: grouped-query attention and its KV cache."""
+"""Hidden states and angles -> hidden states: grouped-query attention and its KV cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from alignjax.core.precision import matmul_precision
 from alignjax.models.config import ModelConfig
 from alignjax.models.layers import Linear, Norm, make_norm
 from alignjax.models.rope import rotate
@@ -54,69 +54,12 @@ class LayerCache(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """What the queries of a call may see: keys of their own segment, in their own slot or before.
-
-    A query always sees itself, so that no row of scores is empty, padding included.
-    """
+    """What a call's queries may see; see `kernels.attend`."""
 
     query_segments: Array
-    """[B, T] int32; query t sits in slot first_slot + t."""
     key_segments: Array
-    """[B, S] int32; key s sits in slot s."""
-    first_slot: Array | int = 0
-
-    def mask(self, window: Array | int | None = None) -> Array:
-        """[B, T, S] bool; with a window, of the last `window` slots only."""
-        queries = self.first_slot + jnp.arange(self.query_segments.shape[1])
-        keys = jnp.arange(self.key_segments.shape[1])
-        is_same = self.query_segments[:, :, None] == self.key_segments[:, None, :]
-        distance = queries[:, None] - keys[None, :]
-        is_near = distance >= 0
-        return is_same & (is_near if window is None else is_near & (distance < window))
-
-
-def attend(
-    q: Array, k: Array, v: Array, mask: Array, *, scale: float, soft_cap: float | None = None
-) -> Array:
-    """softmax(scale q k) v (arXiv:1706.03762 eq. 1); query head h reads head h // G.
-
-    Args:
-      q: [B, T, H, head_dim]; H = K * G.
-      k, v: [B, K, head_dim, S], the dtype of q.
-      mask: [B, T, S] bool; at least one True for each query.
-      soft_cap: scores are soft_cap * tanh(scores / soft_cap) (arXiv:2408.00118 sec. 2).
-    Returns:
-      [B, T, H, head_dim] of the dtype of q; the softmax is float32.
-    """
-    batch, time, heads, head_dim = q.shape
-    slots = k.shape[-1]
-    # The heads that share keys are rows of one product of matrices.
-    grouped = jnp.swapaxes(q, 1, 2).reshape(batch, k.shape[1], -1, head_dim)
-    scores = _einsum("bkrh,bkhs->bkrs", grouped, k).reshape(batch, heads, time, slots) * scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    weights = weights.reshape(*grouped.shape[:3], slots)
-    if weights.shape[2] == 1:  # Twice the same: CPUs sum a single row in another order than many.
-        weights = jnp.repeat(weights, 2, axis=2)
-    out = _einsum("bkrs,bkhs->bkrh", weights, v)[:, :, : grouped.shape[2]]
-    return jnp.swapaxes(out.reshape(batch, heads, time, head_dim), 1, 2).astype(q.dtype)
-
-
-def _einsum(spec: str, a: Array, b: Array) -> Array:
-    """Sums in float32. XLA's CPU backend has no batched bfloat16 product that does: cast there."""
-
-    def multiply(a: Array, b: Array) -> Array:
-        precision = matmul_precision(a.dtype)
-        return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
-
-    def cast(a: Array, b: Array) -> Array:
-        return multiply(a.astype(jnp.float32), b.astype(jnp.float32))
-
-    if a.dtype == jnp.float32:
-        return multiply(a, b)
-    return jax.lax.platform_dependent(a, b, cpu=cast, default=multiply)
+    first_slot: Array | int
+    layer: Array | int
 
 
 class Attention(nnx.Module):
@@ -140,12 +83,14 @@ class Attention(nnx.Module):
         )
         scalar = config.head_dim if config.query_scalar is None else config.query_scalar
         self.scale, self.soft_cap = scalar**-0.5, config.attention_soft_cap
+        self.windows = config.windows
 
     def __call__(
         self,
         x: Array,
         angles: tuple[Array, Array] | None,
-        mask: Array,
+        sight: Sight,
+        attend: Callable[..., Array],
         cache: LayerCache | None,
     ) -> tuple[Array, LayerCache | None]:
         """[B, T, D] -> [B, T, D]; the new keys and values go to the cache where there is one."""
@@ -156,7 +101,19 @@ class Attention(nnx.Module):
         k, v = (jnp.transpose(array, (0, 2, 3, 1)) for array in (k, v))
         if cache is not None:
             cache, k, v = cache.append(k, v)
-        return self.out(attend(q, k, v, mask, scale=self.scale, soft_cap=self.soft_cap)), cache
+        y = attend(
+            q,
+            k,
+            v,
+            sight.query_segments,
+            sight.key_segments,
+            first_slot=sight.first_slot,
+            windows=self.windows,
+            layer=sight.layer,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+        )
+        return self.out(y), cache
 
     def _normed(self, x: Array, norm: Norm | None) -> Array:
         """[B, T, H, head_dim] -> the same."""

@@ -70,7 +70,7 @@ def load(
     """
     directory = Path(path)
     config = families.from_hf(str(directory / CONFIG), _read_json(directory / CONFIG))
-    model = Model(config, compute_dtype, remat)
+    model = Model(config, compute_dtype, remat, mesh=mesh)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     with _open(directory) as tensors:
         entries = _match(model, shapes, tensors, directory)

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from alignjax.core.precision import matmul_precision
 from alignjax.models.attention import Attention, Cache, LayerCache, Sight
 from alignjax.models.config import ModelConfig
+from alignjax.models.kernels import RESIDUALS, Implementation, attend
 from alignjax.models.layers import MLP, Ends, make_norm
 from alignjax.models.moe import Experts, RouterSums
 from alignjax.models.rope import rope_angles
@@ -45,15 +47,16 @@ class Layer(nnx.Module):
         self,
         x: Array,
         angles: tuple[Array, Array] | None,
-        mask: Array,
-        is_real: Array,
+        sight: Sight,
+        attend: Callable[..., Array],
         cache: LayerCache | None,
     ) -> tuple[Array, LayerCache | None, RouterSums | None]:
-        y, cache = self.attention(_through(self.attention_norm, x), angles, mask, cache)
+        y = _through(self.attention_norm, x)
+        y, cache = self.attention(y, angles, sight, attend, cache)
         x = x + _through(self.attention_out_norm, y)
         y, sums = _through(self.mlp_norm, x), None
         if isinstance(self.mlp, Experts):
-            y, sums = self.mlp(y, is_real)
+            y, sums = self.mlp(y, sight.query_segments > 0)
         else:
             y = self.mlp(y)
         return x + _through(self.mlp_out_norm, y), cache, sums
@@ -112,11 +115,16 @@ class Model:
         logits are float32 always.
       remat: recompute each layer in the backward pass, keeping only its input; else the outputs of
         its projections are kept too.
+      attention: how it is computed; "auto" goes by the platform (`kernels.choose`).
+      mesh: of the parameters, for kernels that the compiler cannot split by itself; None: one
+        device, or kernels that it can.
     """
 
     config: ModelConfig
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    attention: Implementation = "auto"
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16"):
@@ -181,17 +189,14 @@ class Model:
         config = self.config
         ends = self._ends.bind({name: params[name] for name in params if name != "layers"})
         x = ends.embed(tokens, positions, jnp.dtype(self.compute_dtype))
-        is_real = segment_ids > 0
-        if cache is None:
-            sight = Sight(segment_ids, segment_ids)
-            keys_values = None
-        else:
-            start = (0, cache.index)
+        keys_values: tuple[Array, Array] | None = None
+        segments, first_slot = segment_ids, 0
+        if cache is not None:
+            keys_values, first_slot = (cache.k, cache.v), cache.index
+            start = (0, first_slot)
             segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
-            sight = Sight(segment_ids, segments, cache.index)
-            keys_values = (cache.k, cache.v)
-        pick_angles = self._angles(positions, is_real)
-        pick_mask = _by_kind(config.windows, sight.mask)
+        pick_angles = self._angles(positions, segment_ids > 0)
+        run_attention = functools.partial(attend, implementation=self.attention, mesh=self.mesh)
 
         def run_layer(carry: Any, layer: tuple[Any, Array]) -> tuple[Any, RouterSums | None]:
             x, keys_values = carry
@@ -199,14 +204,19 @@ class Model:
             store = None
             if keys_values is not None:
                 store = LayerCache(*keys_values, number, cache.index)
+            sight = Sight(segment_ids, segments, first_slot, number)
             x, store, sums = self._layer.bind(weights)(
-                x, pick_angles(number), pick_mask(number), is_real, store
+                x, pick_angles(number), sight, run_attention, store
             )
             return (x, None if store is None else (store.k, store.v)), sums
 
-        # Kept for the backward pass: the outputs of the projections. Recomputed: what lies between
-        # them and the [T, T] scores, which costs little time and would be most of the memory.
-        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # Kept for the backward pass: the outputs of the projections and of fused attention.
+        # Recomputed: what lies between them and the [T, T] scores, which costs little time and
+        # would be most of the memory.
+        keep = jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+        )
         run_layer = jax.checkpoint(
             run_layer, prevent_cse=False, policy=None if self.remat else keep
         )

@@ -86,7 +86,7 @@ class Policy:
             shape = {"vocab_size": self.tokenizer.vocab_size} | source.init.model_dump(
                 exclude_none=True
             )
-            self.model = Model(ModelConfig(**shape), source.compute_dtype, source.remat)
+            self.model = Model(ModelConfig(**shape), source.compute_dtype, source.remat, mesh=mesh)
         else:
             assert source.path is not None
             self.model, self._loaded = load(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from alignjax.models import Model, ModelConfig
-from alignjax.models.attention import Sight, attend
 from alignjax.models.layers import RMSNorm
 from alignjax.models.rope import rope_angles, rotate
 from alignjax.sharding import MeshConfig, init_sharded, make_mesh, put_batch, shardings
@@ -31,38 +30,6 @@ def make_batch(batch=4, time=8, seed=0):
     tokens = np.random.default_rng(seed).integers(0, 19, (batch, time)).astype(np.int32)
     positions = np.broadcast_to(np.arange(time, dtype=np.int32), (batch, time))
     return tokens, np.ones_like(tokens), positions
-
-
-def test_visible_by_hand():
-    segments = jnp.array([[0, 1, 1, 2, 2, 0]])
-    expected = [
-        [1, 0, 0, 0, 0, 0],
-        [0, 1, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0],
-        [0, 0, 0, 1, 0, 0],
-        [0, 0, 0, 1, 1, 0],
-        [1, 0, 0, 0, 0, 1],
-    ]
-    np.testing.assert_array_equal(Sight(segments, segments).mask()[0], np.array(expected, bool))
-    # Two new queries in slots 3 and 4 of a cache of 6; the last slot is not written yet.
-    cached = jnp.array([[0, 1, 1, 1, 1, 0]])
-    expected = [[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0]]
-    found = Sight(jnp.array([[1, 1]]), cached, 3).mask()[0]
-    np.testing.assert_array_equal(found, np.array(expected, bool))
-
-
-def test_attend_against_float64():
-    """Query head h reads head h // G of keys and values, scaled by 1 / sqrt(head_dim)."""
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=s).astype(np.float32) for s in [(2, 3, 4, 6), *[(2, 2, 6, 5)] * 2])
-    mask = rng.random((2, 3, 5)) < 0.5
-    mask[:, :, 0] = True
-    expected = np.zeros((2, 3, 4, 6))
-    for b, t, h in np.ndindex(2, 3, 4):
-        scores = q[b, t, h].astype(np.float64) @ k[b, h // 2].astype(np.float64) / np.sqrt(6)
-        weights = np.exp(scores) * mask[b, t]
-        expected[b, t, h] = v[b, h // 2].astype(np.float64) @ (weights / weights.sum())
-    np.testing.assert_allclose(attend(q, k, v, mask, scale=6**-0.5), expected, atol=2e-6)
 
 
 def test_rotation_by_hand():
@@ -95,6 +62,38 @@ def test_packed_equals_unpacked(params):
         alone, _ = APPLY(params, tokens[part], ones, positions[part])
         np.testing.assert_allclose(packed[part], alone, atol=2e-5)
         start += length
+
+
+OTHERS = {
+    "windows": {"family": "gemma2", "sliding_window": 3, "sliding_layers": (True, False),
+                "attention_soft_cap": 3.0},
+    "two-bases": {"family": "gemma3_text", "sliding_window": 2, "sliding_layers": (True, False),
+                  "local_rope_theta": 7.0},
+    "experts": {"family": "qwen3_moe", "num_experts": 4, "experts_per_token": 2},
+    "learned-positions": {"family": "gpt2", "num_kv_heads": 4},
+    "no-positions": {"family": "smollm3", "rope_layers": (True, False)},
+    "norms-after": {"family": "olmo2"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_documents_of_a_row_do_not_see_each_other_in_any_family(name):
+    shape = {"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "initializer_range": 0.3}
+    model = Model(ModelConfig(vocab_size=19, **(shape | OTHERS[name])))
+    params = model.init(jax.random.key(0))
+    apply = jax.jit(model.apply)
+    tokens, _, _ = make_batch(1, 10)
+    segment_ids = np.array([[1] * 5 + [2] * 4 + [0]], np.int32)
+    positions = np.array([[*range(5), *range(4), 0]], np.int32)
+    packed, _ = apply(params, tokens, segment_ids, positions)
+    for part in (np.s_[:, :5], np.s_[:, 5:9]):
+        alone, _ = apply(params, tokens[part], np.ones_like(tokens[part]), positions[part])
+        np.testing.assert_allclose(packed[part], alone, atol=2e-5)
+    tokens[0, 3] = (tokens[0, 3] + 1) % 19
+    after, _ = apply(params, tokens, segment_ids, positions)
+    np.testing.assert_array_equal(packed[:, :3], after[:, :3])
+    np.testing.assert_array_equal(packed[:, 5:9], after[:, 5:9])
+    assert (np.abs(packed - after)[:, 3:5].max(-1) > 1e-3).all()
 
 
 def test_a_token_changes_nothing_before_it(params):
