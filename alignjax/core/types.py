@@ -147,8 +147,9 @@ class Tokenizer(Protocol):
     eos_id: int
     pad_id: int
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text; special tokens spelled out in the text become their ids."""
+    def encode(self, text: str, after: Sequence[int] = ()) -> list[int]:
+        """Ids of the text, which goes on from the ids `after`, if any; special tokens spelled out
+        in the text become their ids."""
         ...
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...

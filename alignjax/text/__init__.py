@@ -8,12 +8,13 @@ from alignjax.text.chat import (
     encode_chat_prompt,
     encode_prompt,
     encode_prompt_completion,
+    turns,
 )
+from alignjax.text.load import load_tokenizer
 from alignjax.text.sentencepiece import load_sentencepiece, train_sentencepiece
 from alignjax.text.tokenizer import (
     HFTokenizer,
     check_fits,
-    load_tokenizer,
     stop_ids,
     vocab_tokenizer,
 )
@@ -32,5 +33,6 @@ __all__ = [
     "load_tokenizer",
     "stop_ids",
     "train_sentencepiece",
+    "turns",
     "vocab_tokenizer",
 ]

@@ -9,19 +9,14 @@ one that begins the answer); the model would then be trained on a prompt that it
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any, Literal
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from alignjax.core.errors import UserError
 from alignjax.core.types import Tokenizer
+from alignjax.text.sandbox import Sandbox
 
 Message = Mapping[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": text, ...}."""
@@ -55,8 +50,9 @@ class ChatTemplate:
             f"{name}_token": "" if i is None else tokenizer.decode([i], skip_special=False)
             for name, i in ids.items()
         }
+        self._sandbox = Sandbox()
         try:
-            self._template = _environment().from_string(self.source)
+            self._template = self._sandbox.from_string(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template, line {error.lineno}: {error.message}") from error
 
@@ -69,6 +65,7 @@ class ChatTemplate:
           UserError: if the template refuses the messages, or fails on them in any way.
         """
         values = {**self._special, **variables, "add_generation_prompt": add_generation_prompt}
+        self._sandbox.start()
         try:
             return self._template.render(messages=list(messages), **values)
         except Exception as error:  # A template is a program, with all that can go wrong in one.
@@ -93,7 +90,8 @@ def encode_chat(
 
     Some templates write an earlier turn otherwise once another follows (Qwen3 takes the thinking
     out of it). What would then be trained is not what the model says at that point, so with
-    `train_on="all"` this is an error; `"last"` trains the last assistant turn only.
+    `train_on="all"` this is an error; `"last"` trains the last assistant turn only. To train every
+    turn of such a template, take a sequence for each: `turns`, with `train_on="last"`.
 
     Args:
       tokenizer: whose ids are returned.
@@ -107,29 +105,40 @@ def encode_chat(
       UserError: if no turn is the assistant's, the template writes a turn otherwise depending on
         what follows, or ends it with no special token.
     """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise UserError("a conversation without an assistant message has nothing to train on")
+    trained = turns(messages)
     if train_on == "last":
-        turns = turns[-1:]
+        trained = trained[-1:]
     text = template.render(messages, **variables)
     starts = []
-    for i in turns:
+    for i in trained:
         before = template.render(messages[:i], add_generation_prompt=True, **variables)
         if not text.startswith(before):
-            raise _unstable(i, "the generation prompt is no prefix of the conversation", variables)
+            why = "the generation prompt is no prefix of the conversation"
+            raise _unstable(i, why, i + 1 < len(messages), variables)
         starts.append(len(before))
 
     ids = tokenizer.encode(text[: starts[0]])
     mask = [False] * len(ids)
-    for i, start, stop in zip(turns, starts, [*starts[1:], len(text)], strict=True):
-        segment = tokenizer.encode(text[start:stop])
-        alone = tokenizer.encode(template.render(messages[: i + 1], **variables)[start:])
-        num_trained = _turn_length(tokenizer, segment, alone, i, variables)
+    for i, start, stop in zip(trained, starts, [*starts[1:], len(text)], strict=True):
+        segment = tokenizer.encode(text[start:stop], ids)
+        alone = tokenizer.encode(template.render(messages[: i + 1], **variables)[start:], ids)
+        shared = _shared(segment, alone)
+        if tokenizer.decode(alone[shared:]).strip():
+            why = "the turn reads otherwise once another follows"
+            raise _unstable(i, why, i + 1 < len(messages), variables)
+        num_trained = _turn_length(tokenizer, segment[:shared], i)
         ids += segment
         mask += [True] * num_trained + [False] * (len(segment) - num_trained)
     _check_bos(tokenizer, ids)
     return ids, mask
+
+
+def turns(messages: Sequence[Message]) -> list[int]:
+    """Places of the assistant's messages. Raises UserError if there are none."""
+    found = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not found:
+        raise UserError("a conversation without an assistant message has nothing to train on")
+    return found
 
 
 def encode_chat_prompt(
@@ -170,7 +179,7 @@ def encode_prompt_completion(
       ids, and a mask of the same length. The first token is never a target: nothing predicts it.
     """
     before = encode_prompt(tokenizer, prompt, add_bos=add_bos)
-    after = tokenizer.encode(completion)
+    after = tokenizer.encode(completion, tokenizer.encode(prompt))  # A BOS of ours starts no text.
     if before == after[:1] == [tokenizer.bos_id]:
         after = after[1:]
     if add_eos and after[-1:] != [tokenizer.eos_id]:
@@ -179,24 +188,22 @@ def encode_prompt_completion(
     return before + after, [False, *mask[1:]] if mask else []
 
 
-def _turn_length(
-    tokenizer: Tokenizer,
-    ids: list[int],
-    alone: list[int],
-    turn: int,
-    variables: Mapping[str, Any],
-) -> int:
-    """Tokens of the assistant's turn at the start of `ids`, its last special token included.
+def _shared(ids: Sequence[int], alone: Sequence[int]) -> int:
+    """Tokens that a turn has at its start whether another follows (`ids`) or none does (`alone`).
 
-    `alone` is the same turn where nothing follows. After its end the two may differ, but in special
-    tokens and white space only: some templates close a conversation with one more EOS.
+    After its end the two may differ, but in special tokens and white space only: some templates
+    close a conversation with one more EOS.
     """
     pairs = zip(ids, alone, strict=False)
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    if tokenizer.decode(alone[shared:]).strip():
-        raise _unstable(turn, "the turn reads otherwise once another follows", variables)
-    for length in range(shared, 0, -1):
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _turn_length(tokenizer: Tokenizer, ids: list[int], turn: int) -> int:
+    """Tokens of the assistant's turn, its last special token included; only space may follow it."""
+    for length in range(len(ids), 0, -1):
         if _is_special(tokenizer, ids[length - 1]):
+            if tokenizer.decode(ids[length:]).strip():
+                break  # Such as <think> in the midst of it.
             return length
     raise UserError(
         f"messages[{turn}]: the chat template ends the assistant's turn with no special token, "
@@ -210,15 +217,20 @@ def _is_special(tokenizer: Tokenizer, token: int) -> bool:
     return not tokenizer.decode([token]) and bool(tokenizer.decode([token], skip_special=False))
 
 
-def _unstable(turn: int, why: str, variables: Mapping[str, Any]) -> UserError:
-    # Such as enable_thinking: false, whose prompt has closed the thought that the turn begins with.
-    unfit = (
-        f"leave out template_variables ({', '.join(variables)}) that do not fit these messages, "
-    )
+def _unstable(turn: int, why: str, has_more: bool, variables: Mapping[str, Any]) -> UserError:
+    remedies = []
+    if variables:
+        # Such as enable_thinking: false: its prompt has closed the thought that a turn begins with.
+        remedies.append(
+            f"leave out template_variables ({', '.join(variables)}) that do not fit these messages"
+        )
+    if has_more:
+        remedies.append('train each turn as a sequence of its own (train_on="each")')
+        remedies.append('the last turn only (train_on="last")')
+    remedies.append("take another chat_template, one that writes a turn as the model says it")
+    what = "train every turn at once" if has_more else "train this turn"
     return UserError(
-        f"messages[{turn}]: {why}, so this template cannot train every turn at once; "
-        f"{unfit if variables else ''}"
-        'train the last turn only (train_on="last"), or write one conversation per turn'
+        f"messages[{turn}]: {why}, so this template cannot {what}; {', or '.join(remedies)}"
     )
 
 
@@ -227,31 +239,3 @@ def _check_bos(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
         start = [tokenizer.bos_id] * 2
         if list(ids[:2]) == start:
             raise UserError("the text begins with two BOS; take one out of the data or template")
-
-
-class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %}: renders its body; the mask needs no mark."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Blocks trimmed, and the functions that templates on the Hub may call."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # No escaping of HTML.
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment

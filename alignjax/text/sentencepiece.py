@@ -7,7 +7,7 @@ with the sentencepiece library on real text), so nothing here runs after convers
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +17,13 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from alignjax.core.errors import UserError
 from alignjax.text.tokenizer import (
     ALTERS_SPACES,
-    SENTENCEPIECE_FILE,
+    FROM_FILE,
     HFTokenizer,
+    special_text,
     tokenizer_config,
 )
+
+SENTENCEPIECE_FILE = "tokenizer.model"
 
 _SPACE = "\u2581"
 """How sentencepiece spells a space inside its pieces."""
@@ -114,9 +117,14 @@ def train_sentencepiece(
     return tokenizer
 
 
-def load_sentencepiece(path: str | Path) -> HFTokenizer:
+def load_sentencepiece(path: str | Path, config: Mapping[str, Any] | None = None) -> HFTokenizer:
     """Reads a unigram or BPE tokenizer.model.
 
+    Args:
+      path: of the file.
+      config: the contents of a tokenizer_config.json, which come before what the model says.
+        `added_tokens_decoder` may name tokens beyond those of the model; `legacy: false` puts the
+        space of `add_dummy_prefix` at the start of a text only, not after each special token in it.
     Raises:
       UserError: if it is no sentencepiece model, of another type, alters spaces, or has no EOS.
     """
@@ -133,22 +141,14 @@ def load_sentencepiece(path: str | Path) -> HFTokenizer:
     if not proto.pieces or trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
         raise UserError(f"{path}: expected a sentencepiece model of type unigram or bpe")
     spec = proto.normalizer_spec
-    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+    if spec.remove_extra_whitespaces:
         raise UserError(f"{path}: {ALTERS_SPACES}")
+    config = dict(config or {})
     is_unigram = trainer.model_type == trainer.UNIGRAM
     tokenizer = tokenizers.Tokenizer(
         _unigram(proto, piece_type) if is_unigram else _bpe(proto, piece_type)
     )
-    if spec.precompiled_charsmap:
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Precompiled(spec.precompiled_charsmap)]
-        )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=_SPACE, prepend_scheme="never", split=False
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    _spell_spaces(tokenizer, spec, is_legacy=config.get("legacy") is not False)
     control = (piece_type.CONTROL, piece_type.UNKNOWN)
     tokenizer.add_special_tokens(
         [_added(p.piece, special=True) for p in proto.pieces if p.type in control]
@@ -160,13 +160,55 @@ def load_sentencepiece(path: str | Path) -> HFTokenizer:
     def piece(index: int) -> str | None:
         return proto.pieces[index].piece if 0 <= index < len(proto.pieces) else None
 
-    eos = piece(trainer.eos_id)
+    _add_listed(tokenizer, config, path)
+    eos = special_text(config.get("eos_token")) or piece(trainer.eos_id)
     if eos is None:
         raise UserError(f"{path}: the model has no EOS; train it with an eos_id")
-    config = tokenizer_config(
+    own = tokenizer_config(
         piece(trainer.bos_id), eos, piece(trainer.pad_id), unk_token=piece(trainer.unk_id)
     )
-    return HFTokenizer(tokenizer, config, str(path))
+    given = {key: value for key, value in config.items() if value is not None}
+    return HFTokenizer(tokenizer, own | given | {"tokenizer_class": FROM_FILE}, str(path))
+
+
+def _spell_spaces(tokenizer: tokenizers.Tokenizer, spec: Any, *, is_legacy: bool) -> None:
+    """Sets how spaces, and the one in front of a text, are spelled and read."""
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    scheme: Literal["first", "never"] = "never"
+    if spec.add_dummy_prefix and is_legacy:
+        steps.append(normalizers.Prepend(_SPACE))
+    elif spec.add_dummy_prefix:
+        scheme = "first"
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=_SPACE, prepend_scheme=scheme, split=False
+    )
+    strip = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+
+
+def _add_listed(
+    tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], path: str | Path
+) -> None:
+    """Adds what `added_tokens_decoder` has beyond the model, at the ids that it says."""
+    listed = config.get("added_tokens_decoder") or {}
+    for index, token in sorted(((int(i), token) for i, token in listed.items())):
+        content, special = token["content"], token.get("special", False)
+        added = AddedToken(
+            content, special=special, normalized=False,
+            lstrip=token.get("lstrip", False), rstrip=token.get("rstrip", False),
+        )  # fmt: skip
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
+        if tokenizer.token_to_id(content) != index:
+            raise UserError(
+                f"{path}: added_tokens_decoder has {content!r} as {index}, but here it is "
+                f"{tokenizer.token_to_id(content)}; give the tokenizer.json of this model"
+            )
 
 
 def _added(token: str, *, special: bool) -> AddedToken:

@@ -7,9 +7,10 @@ model and a tokenizer of the Hub are the same class, and exporting one is copyin
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,22 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from alignjax.core.errors import UserError
 from alignjax.core.types import Tokenizer
+from alignjax.text.prefix import is_even, without_prefix
 
 TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-SENTENCEPIECE_FILE = "tokenizer.model"
+FROM_FILE = "PreTrainedTokenizerFast"
+"""The class of transformers that does what tokenizer.json says and nothing else."""
 ALTERS_SPACES = (
-    "it puts a space in front of every text, or takes spaces from its ends (sentencepiece's "
-    "add_dummy_prefix and remove_extra_whitespaces, as with Llama 2), so that a prompt and its "
-    "completion, encoded one by one, are not the text that they make; use a tokenizer that does not"
+    "it alters the spaces of a text in a way that is not undone (sentencepiece's "
+    "remove_extra_whitespaces, a Strip, a ByteLevel with add_prefix_space), so that a prompt and "
+    "its completion, encoded one by one, are not the text that they make; use a tokenizer that "
+    "does not"
 )
-"""Why such a tokenizer is refused."""
+"""Why such a tokenizer is refused. One that puts a space in front of a text (Llama 2) is not."""
 
 
 class HFTokenizer:
@@ -59,9 +63,13 @@ class HFTokenizer:
         self._tokenizer = tokenizer
         self._name = name or "tokenizer"
         # A prompt, its completion and each turn of a chat are encoded one by one.
-        for a, b in (("x", " x"), ("x ", "x")):
-            if _spelled(tokenizer, a) + _spelled(tokenizer, b) != _spelled(tokenizer, a + b):
+        self._going_on, self._scheme = tokenizer, "never"
+        if not is_even(tokenizer):
+            found = without_prefix(tokenizer)
+            if found is None or not is_even(found[0]):
                 raise UserError(f"{self._name}: {ALTERS_SPACES}")
+            self._going_on, self._scheme = found
+        self._added = frozenset(tokenizer.get_added_tokens_decoder())
         self.config = config
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = self._special_id("bos_token")
@@ -83,33 +91,76 @@ class HFTokenizer:
             template = named.get("default")
         return template
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, after: Sequence[int] = ()) -> list[int]:
         """Ids of the text; special tokens spelled out in it become their ids, and none is added.
 
+        Args:
+          text: alone, or what goes on from `after`.
+          after: ids that the text follows, such as those of its prompt. Only a tokenizer that puts
+            a space in front of a text (Llama 2, Mistral) reads them, for there it puts none, unless
+            the last is an added token and the tokenizer puts one after each of those.
         Raises:
           UserError: naming the character and its position, if the vocabulary cannot express it.
         """
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            return self._encode(text, after)
         except Exception as error:  # The library raises nothing more specific.
             raise UserError(self._why_not(text, error)) from error
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of the ids. An unfinished character is U+FFFD; ids of no token are nothing."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+    def decode(
+        self, ids: Sequence[int], *, skip_special: bool = True, after: Sequence[int] = ()
+    ) -> str:
+        """Text of the ids. An unfinished character is U+FFFD; ids of no token are nothing.
+
+        Without `after`, which is as in `encode`, the space that was put in front is taken away.
+        """
+        return "".join(
+            tokenizer.decode(run, skip_special_tokens=skip_special)
+            for tokenizer, run in self._runs([int(i) for i in ids], after)
+        )
+
+    def _encode(self, text: str, after: Sequence[int]) -> list[int]:
+        def ids_of(tokenizer: tokenizers.Tokenizer, part: str) -> Any:
+            return tokenizer.encode(part, add_special_tokens=False)
+
+        if self._starts(after):
+            return ids_of(self._tokenizer, text).ids
+        encoding = ids_of(self._going_on, text)
+        ids: list[int] = encoding.ids
+        if self._scheme == "always":
+            for n, (i, (_, stop)) in enumerate(zip(ids, encoding.offsets, strict=True), start=1):
+                if i in self._added:
+                    return ids[:n] + ids_of(self._tokenizer, text[stop:]).ids
+        return ids
+
+    def _runs(
+        self, ids: list[int], after: Sequence[int]
+    ) -> Iterator[tuple[tokenizers.Tokenizer, list[int]]]:
+        """What to decode one by one, with the tokenizer that takes a space away or does not."""
+        if self._scheme != "always":
+            yield (self._tokenizer if self._starts(after) else self._going_on), ids
+            return
+        starts = self._starts(after)
+        for is_added, run in itertools.groupby(ids, self._added.__contains__):
+            yield (self._tokenizer if starts and not is_added else self._going_on), list(run)
+            starts = is_added
+
+    def _starts(self, after: Sequence[int]) -> bool:
+        """Whether what stands after these ids has a space in front of it, in such a tokenizer."""
+        return len(after) == 0 or (self._scheme == "always" and after[-1] in self._added)
 
     def save(self, path: str) -> None:
         """Writes tokenizer.json and tokenizer_config.json into the directory `path`."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(folder / TOKENIZER_FILE))
-        text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
+        # Some classes of transformers, LlamaTokenizer for one, put spaces by rules of their own.
+        own = {} if self._scheme == "never" else {"tokenizer_class": FROM_FILE}
+        text = json.dumps(self.config | own, indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
     def _special_id(self, key: str) -> int | None:
-        token = self.config.get(key)
-        if isinstance(token, dict):  # An AddedToken written out.
-            token = token.get("content")
+        token = special_text(self.config.get(key))
         if token is None:
             return None
         token_id = self._tokenizer.token_to_id(token)
@@ -174,28 +225,6 @@ def vocab_tokenizer(
     return HFTokenizer(tokenizer, tokenizer_config(bos, eos, pad), "vocabulary")
 
 
-def load_tokenizer(path: str | Path) -> HFTokenizer:
-    """Reads the tokenizer of a directory: tokenizer.json, or else tokenizer.model.
-
-    Raises:
-      UserError: if there is none, or it cannot be read.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"tokenizer: no such directory: {folder}")
-    if (folder / TOKENIZER_FILE).is_file():
-        return _load_json(folder)
-    if (folder / SENTENCEPIECE_FILE).is_file():
-        from alignjax.text.sentencepiece import load_sentencepiece
-
-        return load_sentencepiece(folder / SENTENCEPIECE_FILE)
-    found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-    raise UserError(
-        f"{folder}: no tokenizer; expected {TOKENIZER_FILE} with {CONFIG_FILE}, or "
-        f"{SENTENCEPIECE_FILE} (found {found})"
-    )
-
-
 def stop_ids(
     tokenizer: Tokenizer, tokens: Sequence[str] = (), eos_ids: Sequence[int] = ()
 ) -> tuple[int, ...]:
@@ -229,7 +258,7 @@ def check_fits(tokenizer: Tokenizer, num_rows: int, where: str | Path) -> None:
 def tokenizer_config(bos: str | None, eos: str, pad: str | None, **more: Any) -> dict[str, Any]:
     """The tokenizer_config.json of a tokenizer of our own, as transformers reads it."""
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": FROM_FILE,
         "bos_token": bos,
         "eos_token": eos,
         "pad_token": eos if pad is None else pad,
@@ -239,13 +268,9 @@ def tokenizer_config(bos: str | None, eos: str, pad: str | None, **more: Any) ->
     } | more
 
 
-def _spelled(tokenizer: tokenizers.Tokenizer, text: str) -> str:
-    """The text as the model of the tokenizer sees it, its spaces spelled in some way."""
-    if tokenizer.normalizer is not None:
-        text = tokenizer.normalizer.normalize_str(text)
-    if tokenizer.pre_tokenizer is not None:
-        text = "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
-    return text
+def special_text(token: Any) -> Any:
+    """A special token of a tokenizer_config.json, which may be an AddedToken written out."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _around(text: str, position: int, reach: int = 40) -> str:
@@ -254,21 +279,3 @@ def _around(text: str, position: int, reach: int = 40) -> str:
         return repr(text)
     start, end = max(0, position - reach), position + reach
     return "..." * (start > 0) + repr(text[start:end]) + "..." * (end < len(text))
-
-
-def _load_json(folder: Path) -> HFTokenizer:
-    path = folder / TOKENIZER_FILE
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises nothing more specific.
-        raise UserError(f"{path}: not a tokenizer that can be read: {error}") from error
-    config_path = folder / CONFIG_FILE
-    if not config_path.is_file():
-        raise UserError(f"{folder}: {TOKENIZER_FILE} without {CONFIG_FILE}, which names its EOS")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config_path}: broken JSON: {error}") from error
-    if (folder / TEMPLATE_FILE).is_file():  # Newer than, and preferred to, the one in the config.
-        config["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-    return HFTokenizer(tokenizer, config, str(path))
