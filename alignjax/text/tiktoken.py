@@ -42,8 +42,9 @@ def load_tiktoken(path: str | Path, config: dict[str, Any]) -> HFTokenizer:
       path: of the file.
       config: the contents of tokenizer_config.json. `pat_str` is the pattern (`PATTERN` if it has
         none), `added_tokens_decoder` ({id: {"content": ..., "special": ...}}) the tokens that are
-        not in the file. Where it has none, the special tokens that it names (bos_token, eos_token,
-        pad_token, unk_token, additional_special_tokens or extra_special_tokens) follow the ranks in this order.
+        not in the file. Where it has none, the special tokens that it names follow the ranks:
+        bos_token, eos_token, pad_token, unk_token, additional_special_tokens (transformers 5:
+        extra_special_tokens), in this order.
     Raises:
       UserError: if a line is no token, a byte has no token, an id is taken twice, the pattern is
         none, or the config names no EOS.
