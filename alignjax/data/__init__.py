@@ -1,11 +1,12 @@
 """Files of records -> token rows and prompts on the host, with a position. Imports no jax."""
 
-from alignjax.data.encode import TextConfig, prompt_encoder, sequence_encoder
+from alignjax.data.encode import TextConfig, prompt_encoder, sequence_encoder, training_source
 from alignjax.data.packing import pack
 from alignjax.data.pipeline import Prompt, RecordIterator, examples, token_rows
 from alignjax.data.schema import Example, Examples, Fields
 from alignjax.data.sources import Source, open_source
 from alignjax.data.texts import texts
+from alignjax.data.turns import Turns
 
 __all__ = [
     "Example",
@@ -15,6 +16,7 @@ __all__ = [
     "RecordIterator",
     "Source",
     "TextConfig",
+    "Turns",
     "examples",
     "open_source",
     "pack",
@@ -22,4 +24,5 @@ __all__ = [
     "sequence_encoder",
     "texts",
     "token_rows",
+    "training_source",
 ]

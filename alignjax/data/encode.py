@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,9 @@ from pydantic import Field
 from alignjax.core.config import Config
 from alignjax.core.errors import UserError
 from alignjax.core.types import Tokenizer
-from alignjax.data.schema import Example, Fields
+from alignjax.data.schema import Example, Examples, Fields
+from alignjax.data.sources import open_source
+from alignjax.data.turns import Turns
 from alignjax.text.chat import (
     ChatTemplate,
     encode_chat,
@@ -35,19 +37,30 @@ class TextConfig(Config):
     """A jinja file, instead of the template that comes with the tokenizer."""
     template_variables: dict[str, Any] = Field(default_factory=dict)
     """Further variables for the template, such as enable_thinking."""
-    train_on: Literal["all", "last"] = "all"
-    """Which assistant messages of a conversation are targets."""
+    train_on: Literal["all", "last", "each"] = "all"
+    """Which assistant messages of a conversation are targets: all at once; the last; or each in a
+    sequence of its own, which ends there: for templates that rewrite earlier turns (Qwen3)."""
     add_bos: bool = True
     """Begin plain text with the BOS token, where the tokenizer has one. Never twice."""
     add_eos: bool = True
     """End the completion of plain text with EOS, and train it."""
 
 
+def training_source(path: str | Sequence[str], config: TextConfig) -> Examples | Turns:
+    """Checked examples of what is at `path` (see `open_source`), one for each sequence to train."""
+    examples = Examples(open_source(path), config.fields)
+    return Turns(examples) if config.train_on == "each" else examples
+
+
 def sequence_encoder(
     config: TextConfig, tokenizer: Tokenizer
 ) -> Callable[[Example], dict[str, np.ndarray]]:
-    """A function from an example to `tokens` ([length] int32) and `mask` (bool), for SFT."""
+    """A function from an example to `tokens` ([length] int32) and `mask` (bool), for SFT.
+
+    With `train_on="each"` the examples have to be those of `training_source`.
+    """
     template = _template(config, tokenizer)
+    train_on: Literal["all", "last"] = "all" if config.train_on == "all" else "last"
 
     def ids_and_mask(example: Example) -> tuple[list[int], list[bool]]:
         if example.messages is None and example.completion is None:
@@ -63,7 +76,7 @@ def sequence_encoder(
             *_opening(config, example), {"role": "assistant", "content": example.completion},
         ]  # fmt: skip
         return encode_chat(
-            tokenizer, template, messages, train_on=config.train_on, **config.template_variables
+            tokenizer, template, messages, train_on=train_on, **_variables(config, example)
         )
 
     def encode(example: Example) -> dict[str, np.ndarray]:
@@ -88,10 +101,15 @@ def prompt_encoder(config: TextConfig, tokenizer: Tokenizer) -> Callable[[Exampl
             messages = example.messages or _opening(config, example)
             while messages and messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
-            ids = encode_chat_prompt(tokenizer, template, messages, **config.template_variables)
+            ids = encode_chat_prompt(tokenizer, template, messages, **_variables(config, example))
         return np.array(ids, np.int32)
 
     return encode
+
+
+def _variables(config: TextConfig, example: Example) -> dict[str, Any]:
+    tools = {} if example.tools is None else {"tools": example.tools}
+    return config.template_variables | tools
 
 
 def _opening(config: TextConfig, example: Example) -> list[dict[str, Any]]:

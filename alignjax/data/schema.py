@@ -29,6 +29,7 @@ class Fields(Config):
       prompt: what is given. Without one, the completion is a whole document.
       completion: what is trained in SFT. RL needs none.
       messages: key of a conversation, instead of prompt and completion.
+      tools: key of a list of functions that the assistant may call, for the chat template.
       reference: what a reward function compares with. A key keeps its type; a template is text.
       reference_pattern: regular expression whose only group, at its last match, is the reference:
         "#### (.+)" for GSM8K.
@@ -37,6 +38,7 @@ class Fields(Config):
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
+    tools: str | None = None
     reference: str | None = None
     reference_pattern: str | None = None
 
@@ -74,7 +76,8 @@ class Fields(Config):
         """Of each part that is set, the keys that it reads."""
         parts = {name: getattr(self, name) for name in ("prompt", "completion", "reference")}
         keys = {name: _template_keys(value) for name, value in parts.items() if value is not None}
-        return keys | ({} if self.messages is None else {"messages": (self.messages,)})
+        whole = {name: getattr(self, name) for name in ("messages", "tools")}
+        return keys | {name: (key,) for name, key in whole.items() if key is not None}
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class Example:
     prompt: str | None = None
     completion: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
+    """What the assistant may call; None where the record names none."""
     reference: Any = None
     fields: Mapping[str, Any] = field(default_factory=dict)
     """For rewards: the keys of the record that no other part reads. Never one by the name of an
@@ -145,10 +150,17 @@ def make_example(record: Record, fields: Fields, where: Any) -> Example:
         return _fill(template, values)
 
     used = {"prompt", "completion", "reference"}.union(*fields.keys.values())
-    messages = reference = None
+    messages = reference = tools = None
     if fields.messages is not None:
         messages = look_up("messages", fields.messages)
         _check_messages(messages, f"field {fields.messages!r}", where)
+    if fields.tools is not None:
+        tools = look_up("tools", fields.tools)
+        if tools is not None and not isinstance(tools, list):
+            raise UserError(
+                f"{where()}: tools: field {fields.tools!r}: expected a list or null, "
+                f"came {_kind(tools)}"
+            )
     if fields.reference is not None:
         if fields.reference_pattern is not None or "{" in fields.reference:
             reference = text("reference", fields.reference)
@@ -166,6 +178,7 @@ def make_example(record: Record, fields: Fields, where: Any) -> Example:
         prompt=None if fields.prompt is None else text("prompt", fields.prompt),
         completion=None if fields.completion is None else text("completion", fields.completion),
         messages=messages,
+        tools=tools,
         reference=reference,
         fields={key: value for key, value in record.items() if key not in used},
     )

@@ -13,17 +13,18 @@ from pydantic import Field
 from alignjax.core.config import Config
 from alignjax.core.types import Params, Weighted
 from alignjax.data import (
-    Examples,
     RecordIterator,
+    Source,
     TextConfig,
-    open_source,
     sequence_encoder,
     token_rows,
+    training_source,
 )
 from alignjax.losses import cross_entropy, token_mean
 from alignjax.models import Model
 from alignjax.phases.common import PhaseConfig, Policy, rows_per_process, score_tokens
 from alignjax.sharding import batch_shards, put_batch
+from alignjax.text import HFTokenizer
 from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import make_optimizer
 from alignjax.train.state import TrainState, create_state
@@ -58,6 +59,24 @@ class SftConfig(PhaseConfig):
     data: SftData
 
 
+def sft_rows(
+    config: SftConfig, tokenizer: HFTokenizer, source: Source, *, rows: int, **order: Any
+) -> RecordIterator[dict[str, np.ndarray]]:
+    """Batches of what is trained on: `rows` in each micro-batch; see `token_rows` for `order`."""
+    data = config.data
+    return token_rows(
+        source,
+        sequence_encoder(data.text, tokenizer),
+        num_micro_batches=data.micro_batches,
+        rows=rows,
+        row_len=data.row_len,
+        packed=data.packed,
+        overlong=data.overlong,
+        seed=config.seed,
+        **order,
+    )
+
+
 def sft_loss(
     model: Model, params: Params, batch: Batch, *, num_shards: int = 1
 ) -> tuple[Weighted, Metrics]:
@@ -82,12 +101,9 @@ class Sft:
         self._config, self._mesh = config, mesh
         self._policy = Policy(config, mesh)
         model = self._policy.model
-        self._train = Examples(open_source(config.data.train), config.data.text.fields)
-        self._eval = (
-            None
-            if config.data.eval is None
-            else Examples(open_source(config.data.eval), config.data.text.fields)
-        )
+        text, held_out = config.data.text, config.data.eval
+        self._train = training_source(config.data.train, text)
+        self._eval = None if held_out is None else training_source(held_out, text)
         self._optimizer = make_optimizer(config.optimizer, config.loop.steps)
 
         def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
@@ -96,17 +112,12 @@ class Sft:
         self._step = make_step(loss, self._optimizer)
         self._evaluate = make_evaluate(loss)
 
-    def _rows(self, examples: Examples, **order: Any) -> RecordIterator[dict[str, np.ndarray]]:
-        data = self._config.data
-        return token_rows(
-            examples,
-            sequence_encoder(data.text, self._policy.tokenizer),
-            num_micro_batches=data.micro_batches,
-            rows=rows_per_process(data.rows, self._mesh),
-            row_len=data.row_len,
-            packed=data.packed,
-            overlong=data.overlong,
-            seed=self._config.seed,
+    def _rows(self, source: Source, **order: Any) -> RecordIterator[dict[str, np.ndarray]]:
+        return sft_rows(
+            self._config,
+            self._policy.tokenizer,
+            source,
+            rows=rows_per_process(self._config.data.rows, self._mesh),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             **order,
