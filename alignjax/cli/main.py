@@ -14,6 +14,7 @@ from alignjax.core.errors import UserError
 
 VERBS = {
     "run": "train what a config describes; resumes where it stopped",
+    "inspect": "show a batch of the data, with what is trained on",
     "generate": "sample completions of prompts from a model directory",
     "eval": "measure accuracy: pass@1 with its interval, maj@k, pass@k",
     "export": "write a run's model as a Hugging Face directory",

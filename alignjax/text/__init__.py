@@ -8,6 +8,7 @@ from alignjax.text.chat import (
     encode_chat_prompt,
     encode_prompt,
     encode_prompt_completion,
+    is_special,
     turns,
 )
 from alignjax.text.load import load_tokenizer
@@ -29,6 +30,7 @@ __all__ = [
     "encode_chat_prompt",
     "encode_prompt",
     "encode_prompt_completion",
+    "is_special",
     "load_sentencepiece",
     "load_tokenizer",
     "stop_ids",

@@ -201,7 +201,7 @@ def _shared(ids: Sequence[int], alone: Sequence[int]) -> int:
 def _turn_length(tokenizer: Tokenizer, ids: list[int], turn: int) -> int:
     """Tokens of the assistant's turn, its last special token included; only space may follow it."""
     for length in range(len(ids), 0, -1):
-        if _is_special(tokenizer, ids[length - 1]):
+        if is_special(tokenizer, ids[length - 1]):
             if tokenizer.decode(ids[length:]).strip():
                 break  # Such as <think> in the midst of it.
             return length
@@ -211,7 +211,8 @@ def _turn_length(tokenizer: Tokenizer, ids: list[int], turn: int) -> int:
     )
 
 
-def _is_special(tokenizer: Tokenizer, token: int) -> bool:
+def is_special(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether `decode` leaves the token out, or it is EOS."""
     if token == tokenizer.eos_id:
         return True
     return not tokenizer.decode([token]) and bool(tokenizer.decode([token], skip_special=False))
