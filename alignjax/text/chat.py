@@ -55,6 +55,8 @@ class ChatTemplate:
             self._template = self._sandbox.from_string(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template, line {error.lineno}: {error.message}") from error
+        except Exception as error:  # Python's compiler has limits of its own.
+            raise UserError(f"chat template: {type(error).__name__}: {error}") from error
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any

@@ -42,9 +42,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols],
-            optimized=False,  # Else constants are worked out when compiling, before any count.
-        )  # fmt: skip
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
         del self.globals["lipsum"]  # Makes text of any length.
         self._count = threading.local()
         self.filters["tojson"] = _to_json

@@ -237,7 +237,8 @@ def stop_ids(
     Raises:
       UserError: if one of them is not a single token.
     """
-    ids = [tokenizer.encode(token) for token in tokens]
+    some_text = [-1]  # No token: what ends a completion never starts a text.
+    ids = [tokenizer.encode(token, some_text) for token in tokens]
     for token, pieces in zip(tokens, ids, strict=True):
         if len(pieces) != 1:
             raise UserError(

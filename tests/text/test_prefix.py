@@ -4,6 +4,7 @@ and a prompt with its completion is the text that they make."""
 import itertools
 import json
 import random
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -19,6 +20,7 @@ from alignjax.text import (
     encode_prompt,
     encode_prompt_completion,
     load_tokenizer,
+    stop_ids,
 )
 from alignjax.text.prefix import is_even, spelled, without_prefix
 
@@ -105,7 +107,7 @@ def theirs(ours, tmp_path_factory):
 
 
 def is_first(tokenizer) -> bool:
-    return tokenizer._scheme == "first"
+    return Path(tokenizer._name).parent.name in ("first", "model_first")
 
 
 def test_ids_of_a_text_are_those_of_transformers_and_it_comes_back(ours, theirs):
@@ -141,6 +143,20 @@ def test_plain_text_is_as_in_the_class_for_llama_of_transformers(folder, tmp_pat
     for text in [*TEXTS, " red", "a</s> b", "<s>red</s><s> day"]:
         ids = load_tokenizer(tmp_path).encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False), text
+
+
+def test_what_is_saved_means_the_same_to_transformers_whatever_class_it_came_with(folder, tmp_path):
+    """Its LlamaTokenizer would put no space after a special token, and none before a space."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.json").write_bytes((folder / "prepend/tokenizer.json").read_bytes())
+    config = json.loads((folder / "prepend" / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load_tokenizer(tmp_path)
+    ours.save(str(tmp_path / "saved"))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    for text in (" red", "a</s>b", "red"):
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
 
 
 def test_ids_of_the_model_file_are_those_of_sentencepiece(folder):
@@ -187,6 +203,12 @@ def test_special_tokens_within_a_text(ours):
     text = "<s>red pear</s><s>the<tool>day</s>"
     assert ours.decode(ours.encode(text), skip_special=False) == text
     assert ours.decode(ours.encode(text)) == "red pearthe<tool>day"
+
+
+def test_a_stop_token_is_one_token_as_it_is_sampled(ours):
+    newline = ours.encode("\n", ours.encode("a"))
+    assert len(newline) == 1
+    assert stop_ids(ours, ["\n", "<tool>"]) == (2, *newline, *ours.encode("<tool>"))
 
 
 def test_llama_2_chats_are_those_of_transformers_and_come_back(ours, theirs):

@@ -77,6 +77,19 @@ def test_what_reaches_for_the_machine_or_changes_messages_is_refused(source):
     assert messages == [{"role": "user"}]
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for x in [1] %}" * 30 + "{% endfor %}" * 30, "SyntaxError: too many"),
+        ("{{ " + "(" * 9000 + "1" + ")" * 9000 + " }}", "RecursionError"),
+    ],
+)
+def test_what_cannot_be_compiled_is_a_fault_of_the_template(source, message):
+    tokenizer = vocab_tokenizer(["a", "<eos>"], bos=None, pad="<eos>")
+    with pytest.raises(UserError, match=f"^chat template: {message}"):
+        ChatTemplate(tokenizer, source)
+
+
 def test_loops_are_as_they_were():
     source = (
         "{% for x in values if x != 'b' %}{{ loop.index }}{{ x }}{{ loop.length }}{{ loop.last }};"
