@@ -20,6 +20,7 @@ import numpy as np
 import record
 
 from alignjax.core.config import build, find_config, load
+from alignjax.core.precision import compute_dtype
 from alignjax.core.types import Sampling
 from alignjax.generate import make_generate
 from alignjax.models import Model, ModelConfig
@@ -65,7 +66,9 @@ def main() -> None:
     assert isinstance(base, SftConfig) and isinstance(zero, GrpoConfig)
     assert base.model.init is not None
     shape = {"vocab_size": len(TOKENS)} | base.model.init.model_dump(exclude_none=True)
-    model = Model(ModelConfig(**shape), zero.model.compute_dtype)
+    model = Model(
+        ModelConfig(**shape), compute_dtype(zero.model.compute_dtype, jax.default_backend())
+    )
     rollout = zero.rollout
     rows, prompt, completion = (
         rollout.num_prompts * rollout.group_size,

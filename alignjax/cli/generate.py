@@ -39,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TOKEN", help="besides EOS")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products"
-    )
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of the matrix products (default: bfloat16 on TPU and GPU, float32 on CPU)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object for each completion")
 
 
@@ -55,6 +56,7 @@ def main(args: argparse.Namespace) -> None:
     import numpy as np
 
     from alignjax.core.errors import UserError
+    from alignjax.core.precision import compute_dtype
     from alignjax.core.types import LENGTH, Sampling
     from alignjax.data import Example, Fields, TextConfig, prompt_encoder
     from alignjax.generate import make_generate
@@ -64,7 +66,8 @@ def main(args: argparse.Namespace) -> None:
 
     tokenizer = load_tokenizer(args.model)
     mesh = make_mesh(MeshConfig())
-    model, params = load(args.model, mesh=mesh, compute_dtype=args.dtype)
+    dtype = compute_dtype(args.dtype, mesh.devices.flat[0].platform)
+    model, params = load(args.model, mesh=mesh, compute_dtype=dtype)
     check_fits(tokenizer, model.config.vocab_size, args.model)
     text = TextConfig(fields=Fields(prompt="prompt"), chat=args.chat, system=args.system)
     encode = prompt_encoder(text, tokenizer)
@@ -94,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
     if not np.isfinite(out.logps).all():
         raise UserError(
             f"{args.model}: log-probs are not finite: the weights hold nan or inf, or are too "
-            f"large for --dtype {args.dtype} or --temperature {args.temperature}"
+            f"large for --dtype {dtype} or --temperature {args.temperature}"
         )
     rows = zip(out.tokens, out.lengths, out.logps, out.finish_reasons, strict=True)
     for i, (row, length, logps, reason) in enumerate(rows):

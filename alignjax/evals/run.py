@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from alignjax.core.config import Config
 from alignjax.core.errors import UserError
+from alignjax.core.precision import compute_dtype
 from alignjax.core.types import Sampling
 from alignjax.data import Examples, TextConfig, examples, open_source, prompt_encoder
 from alignjax.evals.accuracy import Estimate, maj_at_k, pass_at_1, pass_at_k
@@ -52,7 +53,8 @@ class EvalConfig(Config):
     stop_tokens: list[str] = []
     """Tokens that end a completion, besides EOS and what the model's directory lists as such."""
     max_rows: int = Field(1024, ge=1)
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products. auto: bfloat16 on TPU and GPU, float32 on CPU."""
     seed: int = Field(0, ge=0)
 
     @field_validator("answer")
@@ -98,7 +100,8 @@ def evaluate(config: EvalConfig) -> Report:
     model look better for answers that break the verifier.
     """
     mesh = make_mesh(MeshConfig())
-    model, params = load(config.model, mesh=mesh, compute_dtype=config.compute_dtype)
+    dtype = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
+    model, params = load(config.model, mesh=mesh, compute_dtype=dtype)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     check_fits(tokenizer, model.config.vocab_size, config.tokenizer or config.model)
     source = Examples(open_source(config.data), config.text.fields)

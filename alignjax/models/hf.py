@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from alignjax.core.errors import UserError
+from alignjax.core.precision import ComputeDtype
 from alignjax.models import families
 from alignjax.models.tensors import TENSORS, UNREAD, Tensor
 from alignjax.models.transformer import Model
@@ -52,7 +54,8 @@ def load(
     path: str | os.PathLike[str],
     *,
     mesh: Mesh | None = None,
-    compute_dtype: Literal["float32", "bfloat16"] = "float32",
+    compute_dtype: ComputeDtype = "float32",
+    param_dtype: Literal["float32", "bfloat16"] = "float32",
     remat: bool = False,
 ) -> tuple[Model, dict[str, Any]]:
     """Reads config.json and model.safetensors, or the shards that an index names.
@@ -62,8 +65,9 @@ def load(
       mesh: where to place the parameters, by `sharding.rules`; each process reads the tensors of
         its own shards. None: the default device.
       compute_dtype, remat: see `Model`.
+      param_dtype: of the parameters, whatever type they are stored in.
     Returns:
-      The model, and its parameters in float32, whatever type they are stored in.
+      The model, and its parameters.
     Raises:
       UserError: naming the file and the field or tensor that is missing, extra, misshapen or not
         supported.
@@ -83,7 +87,7 @@ def load(
         arrays = []
         for key_path, sharding in leaves:
             entry = entries[tuple(key.key for key in key_path)]
-            arrays.append(_read(entry, tensors, sharding))
+            arrays.append(_read(entry, tensors, sharding, param_dtype))
     return model, jax.tree.unflatten(structure, arrays)
 
 
@@ -222,7 +226,7 @@ class _Stored(NamedTuple):
         return self.handle.get_tensor(self.name)
 
 
-def _read(entry: _Entry, tensors: Mapping[str, _Stored], sharding: Any) -> jax.Array:
+def _read(entry: _Entry, tensors: Mapping[str, _Stored], sharding: Any, dtype: str) -> jax.Array:
     """Reads one parameter, shard by shard: the host holds one shard and one tensor at a time."""
     done: dict[str, np.ndarray] = {}
     num_stacked = entry.names.ndim
@@ -237,7 +241,7 @@ def _read(entry: _Entry, tensors: Mapping[str, _Stored], sharding: Any) -> jax.A
                 entry.tensor.read(tensors[name].read()[part], one)[within]
                 for name in np.ravel(names)
             ]
-            whole = np.stack(pieces, dtype=np.float32, casting="unsafe")
+            whole = np.stack(pieces, dtype=jnp.dtype(dtype), casting="unsafe")
             done[key] = whole.reshape(*np.shape(names), *pieces[0].shape)
         return done[key]
 

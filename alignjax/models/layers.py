@@ -1,7 +1,7 @@
 """Arrays -> arrays: norms, projections, embedding and the MLP, as Flax NNX modules.
 
-Parameters are float32 and carry the names of their axes (`logical_axes`), which `sharding.rules`
-maps to mesh axes. Matmuls run in the compute dtype; norms are float32 inside.
+Parameters are born in float32 and carry the names of their axes (`logical_axes`), which
+`sharding.rules` maps to mesh axes. Matmuls run in the compute dtype; norms are float32 inside.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ class Model:
 
     Attributes:
       config: shape and mathematics.
-      compute_dtype: of the matmuls; parameters are float32 and cast at use. Norms, the softmax and
-        logits are float32 always.
+      compute_dtype: of the matmuls; parameters, float32 or bfloat16, are cast at use. Norms, the
+        softmax and logits are float32 always.
       remat: recompute each layer in the backward pass, keeping only its input; else the outputs of
         its projections are kept too.
       attention: how it is computed; "auto" goes by the platform (`kernels.choose`).

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from alignjax.core.config import Config, DirectoryName
 from alignjax.core.errors import UserError
+from alignjax.core.precision import compute_dtype
 from alignjax.core.types import Params
 from alignjax.losses import TokenLogps, next_token_logps
 from alignjax.losses.vocabulary import default_chunk_size
@@ -35,8 +36,11 @@ class ModelSource(Config):
     """A directory with config.json and safetensors, such as runs/NAME/model."""
     init: NewModel | None = None
     """The shape of a model to start from nothing."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products; bfloat16 on TPU and GPU. Parameters are float32 always."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products. auto: bfloat16 on TPU and GPU, float32 on CPU."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters as they are kept and trained. bfloat16 takes half the memory, and each
+    update is rounded at random (`train.rounding`); moments and sums of gradients stay float32."""
     remat: bool = False
     """Recompute layers in the backward pass: less memory, about a third more time."""
 
@@ -82,16 +86,18 @@ class Policy:
         self.eos_ids = stop_ids(self.tokenizer, eos_ids=listed)
         self._mesh, self._source = mesh, source
         self._loaded: Params | None = None
+        dtype = compute_dtype(source.compute_dtype, mesh.devices.flat[0].platform)
         if source.init is not None:
             shape = {"vocab_size": self.tokenizer.vocab_size} | source.init.model_dump(
                 exclude_none=True
             )
-            self.model = Model(ModelConfig(**shape), source.compute_dtype, source.remat, mesh=mesh)
+            self.model = Model(ModelConfig(**shape), dtype, source.remat, mesh=mesh)
         else:
             assert source.path is not None
             self.model, self._loaded = load(
-                source.path, mesh=mesh, compute_dtype=source.compute_dtype, remat=source.remat
-            )
+                source.path, mesh=mesh, compute_dtype=dtype, param_dtype=source.param_dtype,
+                remat=source.remat,
+            )  # fmt: skip
         check_fits(self.tokenizer, self.model.config.vocab_size, where)
 
     def init(self, key: Array) -> Params:
@@ -101,8 +107,12 @@ class Policy:
         """
         if self._loaded is not None:
             return copied(self._loaded)
-        axes = self.model.logical_axes()
-        return init_sharded(self.model.init, key, shardings(axes, self._mesh))
+        axes, dtype = self.model.logical_axes(), self._source.param_dtype
+
+        def init(key: Array) -> Params:
+            return jax.tree.map(lambda x: x.astype(dtype), self.model.init(key))
+
+        return init_sharded(init, key, shardings(axes, self._mesh))
 
     def export(self, params: Params, path: Path) -> None:
         """Writes a Hugging Face directory with the tokenizer; it appears whole or not at all."""

@@ -3,6 +3,7 @@
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from pydantic import Field
 
@@ -62,7 +63,24 @@ def make_optimizer(config: OptimizerConfig, num_updates: int) -> Optimizer:
             weight_decay=config.weight_decay, mask=_is_matrix,
         ),
     )  # fmt: skip
-    return Optimizer(transform, schedule)
+    return Optimizer(_in_float32(transform), schedule)
+
+
+def _in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Moments, gradients and updates in float32, whatever the type of the parameters."""
+
+    def cast(tree: Params) -> Params:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def init(params: Params) -> optax.OptState:
+        return transform.init(cast(params))
+
+    def update(
+        grads: Params, state: optax.OptState, params: Params | None = None
+    ) -> tuple[Params, optax.OptState]:
+        return transform.update(cast(grads), state, None if params is None else cast(params))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _is_matrix(params: Params) -> Params:

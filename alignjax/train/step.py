@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from alignjax.core.keys import named_key
 from alignjax.core.types import Maximum, Minimum, Params, Weighted
 from alignjax.train.optim import Optimizer
+from alignjax.train.rounding import apply_updates
 from alignjax.train.state import TrainState
 
 Metric = Weighted | Maximum | Minimum
@@ -87,17 +89,21 @@ def make_step(
             return loss.total, (jax.lax.stop_gradient(loss.weight), metrics)
 
         (value, (weight, metrics)), grads = jax.value_and_grad(total, has_aux=True)(params)
+        # Bfloat16 parameters have bfloat16 gradients, which no sum over micro-batches should have.
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return Weighted(value, weight), metrics, grads
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         loss, metrics, grads = accumulate(lambda mb: one(state.params, mb), batch)
         scale = jnp.where(loss.weight > 0, 1 / jnp.maximum(loss.weight, 1e-30), 0.0)
-        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g * scale, grads)
         grad_norm = optax.tree.norm(grads)
+        count = optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
         # The norm of a large gradient overflows before its entries do: look at the updates, too.
         is_good = jnp.isfinite(grad_norm + optax.tree.norm(updates)) & (loss.weight > 0)
-        params = optax.apply_updates(state.params, updates)
+        key = jax.random.fold_in(named_key(state.key, "rounding"), count)
+        params = apply_updates(state.params, updates, key)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(is_good, new, old),
             (params, opt_state),
@@ -107,9 +113,7 @@ def make_step(
         out |= {
             "loss": finalize(loss),
             "grad_norm": grad_norm,
-            "learning_rate": optimizer.schedule(
-                optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
-            ),
+            "learning_rate": optimizer.schedule(count),
             "num_skipped_updates": 1.0 - is_good,
         }
         return state._replace(params=params, opt_state=opt_state), out

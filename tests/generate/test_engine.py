@@ -42,7 +42,9 @@ def log_probs(policy, ids, temperature=1.0):
     return jax.nn.log_softmax(model.logits(params, hidden)[0] / temperature, axis=-1)
 
 
-def test_recorded_log_probs_are_those_of_the_uncached_model(policy):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_recorded_log_probs_are_those_of_the_uncached_model(policy, dtype):
+    policy = policy[0], jax.tree.map(lambda x: x.astype(dtype), policy[1])
     tokens, lengths = prompts(5, 9)
     sampling = Sampling(temperature=0.8, max_tokens=6, stop_tokens=(3,), num_samples=4)
     out = make_generate(policy[0])(policy[1], tokens, lengths, jax.random.PRNGKey(1), sampling)
