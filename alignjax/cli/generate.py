@@ -14,13 +14,14 @@ examples:
   alignjax generate DIR --file prompts.txt --num-samples 4 --temperature 0.7 --json > out.jsonl
   echo 'One prompt a line' | alignjax generate DIR
 
-MODEL is a Hugging Face directory (config.json, safetensors, tokenizer), such as a run's model/.
+MODEL is a Hugging Face directory (config.json, safetensors, tokenizer), such as a run's model/, or
+the id of a model on the Hub, such as Qwen/Qwen3-0.6B.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
-    parser.add_argument("model", metavar="MODEL", help="directory of the model")
+    parser.add_argument("model", metavar="MODEL", help="directory or id of the model")
     parser.add_argument(
         "--prompt", action="append", default=[], help="a prompt (repeat for several)"
     )

@@ -30,7 +30,7 @@ class EvalConfig(Config):
     """What to measure. The config of a grpo run has all of it but the model."""
 
     model: str
-    """A Hugging Face directory, such as runs/NAME/model."""
+    """A Hugging Face directory, such as runs/NAME/model, or an id of the Hub."""
     tokenizer: str | None = None
     data: str | list[str]
     text: TextConfig

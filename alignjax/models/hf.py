@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from alignjax.core.errors import UserError
+from alignjax.core.hub import resolve
 from alignjax.core.precision import ComputeDtype
 from alignjax.models import families
 from alignjax.models.tensors import TENSORS, UNREAD, Tensor
@@ -61,7 +62,7 @@ def load(
     """Reads config.json and model.safetensors, or the shards that an index names.
 
     Args:
-      path: the directory.
+      path: the directory, or the id of a model on the Hub; see `core.hub.resolve`.
       mesh: where to place the parameters, by `sharding.rules`; each process reads the tensors of
         its own shards. None: the default device.
       compute_dtype, remat: see `Model`.
@@ -72,7 +73,7 @@ def load(
       UserError: naming the file and the field or tensor that is missing, extra, misshapen or not
         supported.
     """
-    directory = Path(path)
+    directory = resolve(path)
     config = families.from_hf(str(directory / CONFIG), _read_json(directory / CONFIG))
     model = Model(config, compute_dtype, remat, mesh=mesh)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -100,7 +101,8 @@ def load_eos_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
     Raises:
       UserError: if it is neither an id nor a list of ids.
     """
-    for file in (Path(path) / GENERATION_CONFIG, Path(path) / CONFIG):
+    directory = resolve(path, [GENERATION_CONFIG, CONFIG])
+    for file in (directory / GENERATION_CONFIG, directory / CONFIG):
         found = _read_json(file).get("eos_token_id") if file.exists() else None
         if found is not None:
             ids = found if isinstance(found, list) else [found]

@@ -33,7 +33,8 @@ class ModelSource(Config):
     """Where the weights come from: a Hugging Face directory, or a random start."""
 
     path: str | None = None
-    """A directory with config.json and safetensors, such as runs/NAME/model."""
+    """A directory with config.json and safetensors, such as runs/NAME/model; or an id of the Hub,
+    such as Qwen/Qwen3-0.6B."""
     init: NewModel | None = None
     """The shape of a model to start from nothing."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -60,7 +61,7 @@ class PhaseConfig(Config):
     seed: int = Field(0, ge=0)
     model: ModelSource
     tokenizer: str | None = None
-    """A directory with a tokenizer; the model's own if not given."""
+    """A directory with a tokenizer, or an id of the Hub; the model's own if not given."""
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig()

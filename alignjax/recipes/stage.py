@@ -15,6 +15,7 @@ import jax
 
 from alignjax.core.config import Config, build, diff, dump, load, to_dict
 from alignjax.core.errors import UserError
+from alignjax.core.hub import TOKENIZER_FILES, resolve
 from alignjax.phases.common import PhaseConfig, Policy
 from alignjax.phases.registry import PHASES
 from alignjax.report.training import training_report
@@ -121,8 +122,12 @@ def digests(config: Config) -> dict[str, str]:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         for name in [value] if isinstance(value, str) else value or ():
-            path = Path(name).expanduser()
-            if path.exists():
+            here = Path(name).expanduser()
+            is_model = key in ("model.path", "tokenizer")
+            path = resolve(name, TOKENIZER_FILES) if is_model else here
+            if path != here:  # A snapshot from the Hub bears the name of its commit.
+                found[f"{key} {name}"] = path.name
+            elif path.exists():
                 found[f"{key} {name}"] = _digest(path)
     return found
 

@@ -9,13 +9,14 @@ from typing import Any
 import tokenizers
 
 from alignjax.core.errors import UserError
+from alignjax.core.hub import TOKENIZER_FILES, resolve
 from alignjax.text.sentencepiece import SENTENCEPIECE_FILE, load_sentencepiece
 from alignjax.text.tiktoken import is_tiktoken, load_tiktoken
 from alignjax.text.tokenizer import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, HFTokenizer
 
 
 def load_tokenizer(path: str | Path) -> HFTokenizer:
-    """Reads the tokenizer of a directory.
+    """Reads the tokenizer of a directory, or of an id of the Hub.
 
     The first of these that is there: tokenizer.json; tokenizer.model, of sentencepiece or, as with
     Llama 3's own, of tiktoken; the only *.tiktoken. tokenizer_config.json and chat_template.jinja
@@ -25,7 +26,7 @@ def load_tokenizer(path: str | Path) -> HFTokenizer:
     Raises:
       UserError: if there is none, or it cannot be read.
     """
-    folder = Path(path)
+    folder = resolve(path, TOKENIZER_FILES)
     if not folder.is_dir():
         raise UserError(f"tokenizer: no such directory: {folder}")
     config = _config(folder)
