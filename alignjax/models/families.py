@@ -451,6 +451,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     family, row = config.family, ROWS[config.family]
     data: dict[str, Any] = {"architectures": [row.architecture], "model_type": family}
     data |= {theirs: getattr(config, ours) for ours, theirs in row.fields.items()}
+    if family in ("gemma2", "gemma3_text"):  # transformers derives neither of them
+        if config.query_scalar is None:
+            data["query_pre_attn_scalar"] = config.head_dim
+        if config.sliding_window is None:  # of no layer, by layer_types below
+            data["sliding_window"] = config.max_position_embeddings
     is_gpt2 = family == "gpt2"
     spelled = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
     spelled |= {"gelu_tanh": "gelu_new" if is_gpt2 else "gelu_pytorch_tanh"}

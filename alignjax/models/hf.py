@@ -1,54 +1,38 @@
-"""A Hugging Face directory <-> a Model and its parameters; safetensors only, no torch."""
+"""A Hugging Face directory <-> a model and its parameters; safetensors only, no torch."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from alignjax.core.errors import UserError
 from alignjax.core.hub import resolve
 from alignjax.core.precision import ComputeDtype
-from alignjax.models import families
-from alignjax.models.tensors import TENSORS, UNREAD, Tensor
+from alignjax.models import families, stream
+from alignjax.models.classify import reward_from_hf, reward_to_hf
+from alignjax.models.config import ModelConfig
+from alignjax.models.heads import ScalarModel
+from alignjax.models.stored import open_tensors, read_json, replacing, write_json, write_tensors
+from alignjax.models.tensors import TENSORS, Tensor
 from alignjax.models.transformer import Model
 from alignjax.sharding.rules import shardings
 
 if TYPE_CHECKING:
     from alignjax.core.types import Params
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-GENERATION_CONFIG = "generation_config.json"
-DTYPES = ("F32", "F16", "BF16")
-
-
-class _Entry(NamedTuple):
-    """One parameter, and where in the files it is."""
-
-    tensor: Tensor
-    which: int
-    """Its place among the parameters of the tensor."""
-    ours: tuple[tuple[int, ...], ...]
-    """Shapes of all parameters of the tensor, in one layer and of one expert."""
-    shape: tuple[int, ...]
-    """Of the parameter, with the leading axes of layers and experts if it has them."""
-    names: np.ndarray
-    """[layers, experts], or fewer axes: the name of the tensor of each."""
-
-    @property
-    def theirs(self) -> tuple[int, ...]:
-        return self.tensor.shape(self.ours)
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+VALUE_HEAD, _VALUE_WEIGHT = "value_head.safetensors", "value_head.weight"
+MAX_SHARD_BYTES = 5 * 10**9
+ParamDtype = Literal["float32", "bfloat16"]
 
 
 def load(
@@ -56,15 +40,18 @@ def load(
     *,
     mesh: Mesh | None = None,
     compute_dtype: ComputeDtype = "float32",
-    param_dtype: Literal["float32", "bfloat16"] = "float32",
+    param_dtype: ParamDtype = "float32",
     remat: bool = False,
 ) -> tuple[Model, dict[str, Any]]:
     """Reads config.json and model.safetensors, or the shards that an index names.
 
+    The host never holds more than one tensor of the files, in their type: each goes to its place on
+    the devices before the next one is read.
+
     Args:
       path: the directory, or the id of a model on the Hub; see `core.hub.resolve`.
-      mesh: where to place the parameters, by `sharding.rules`; each process reads the tensors of
-        its own shards. None: the default device.
+      mesh: where to place the parameters, by `sharding.rules`; each process reads the parts that
+        its own devices keep. None: the default device.
       compute_dtype, remat: see `Model`.
       param_dtype: of the parameters, whatever type they are stored in.
     Returns:
@@ -74,22 +61,35 @@ def load(
         supported.
     """
     directory = resolve(path)
-    config = families.from_hf(str(directory / CONFIG), _read_json(directory / CONFIG))
+    config = families.from_hf(str(directory / CONFIG), read_json(directory / CONFIG))
     model = Model(config, compute_dtype, remat, mesh=mesh)
+    names = TENSORS[config.family]
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    with _open(directory) as tensors:
-        entries = _match(model, shapes, tensors, directory)
-        if mesh is None:
-            single = SingleDeviceSharding(jax.local_devices()[0])
-            targets = jax.tree.map(lambda _: single, shapes)
-        else:
-            targets = shardings(model.logical_axes(), mesh, shapes)
-        leaves, structure = jax.tree.flatten_with_path(targets)
-        arrays = []
-        for key_path, sharding in leaves:
-            entry = entries[tuple(key.key for key in key_path)]
-            arrays.append(_read(entry, tensors, sharding, param_dtype))
-    return model, jax.tree.unflatten(structure, arrays)
+    return model, _load(directory, config, names, shapes, model.logical_axes(), mesh, param_dtype)
+
+
+def load_reward(
+    path: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    compute_dtype: ComputeDtype = "float32",
+    param_dtype: ParamDtype = "float32",
+    remat: bool = False,
+) -> tuple[ScalarModel, dict[str, Any]]:
+    """Reads a reward model: an AutoModelForSequenceClassification of transformers with one label.
+
+    Arguments, result and errors as in `load`; the parameters are those of a `ScalarModel`, whose
+    trunk has no unembedding of its own.
+    """
+    directory = resolve(path)
+    source, data = str(directory / CONFIG), read_json(directory / CONFIG)
+    config = reward_from_hf(source, data)
+    model = ScalarModel(Model(config, compute_dtype, remat, mesh=mesh))
+    shapes = _flat(jax.eval_shape(model.init, jax.random.key(0)))
+    axes = _flat(model.logical_axes())
+    flat = _load(directory, config, _reward_tensors(config), shapes, axes, mesh, param_dtype)
+    head = {"kernel": flat.pop("score")}
+    return model, {"decoder": flat, "head": head}
 
 
 def load_eos_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
@@ -103,7 +103,7 @@ def load_eos_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
     """
     directory = resolve(path, [GENERATION_CONFIG, CONFIG])
     for file in (directory / GENERATION_CONFIG, directory / CONFIG):
-        found = _read_json(file).get("eos_token_id") if file.exists() else None
+        found = read_json(file).get("eos_token_id") if file.exists() else None
         if found is not None:
             ids = found if isinstance(found, list) else [found]
             if not all(type(i) is int and i >= 0 for i in ids):  # True is an int, but no id.
@@ -118,213 +118,142 @@ def save(
     params: Params,
     *,
     extra_config: Mapping[str, Any] | None = None,
+    dtype: ParamDtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes config.json, generation_config.json and model.safetensors (float32).
+    """Writes config.json, generation_config.json and the weights, which transformers reads.
 
-    Each file appears whole or not at all, config.json last. Other files of the directory, such as
-    those of a tokenizer, are left alone. With several processes all must call; the first writes.
+    Each file appears whole or not at all, config.json last, and the host never holds more than one
+    tensor. Weights of an earlier model in the directory go; other files, such as those of a
+    tokenizer, are left alone. With several processes all must call; the first writes.
 
     Args:
       path: the directory; made if it is not there.
       extra_config: more fields for config.json; `bos_token_id`, `eos_token_id` and `pad_token_id`
         also go to generation_config.json.
+      dtype: of the weights in the files. None: as the parameters are, so that nothing is lost.
+      max_shard_bytes: what does not fit into one file of so many bytes goes into several.
     """
-    directory = Path(path)
-    extra = dict(extra_config or {})
-    tensors: dict[str, np.ndarray] = {}
-    entries = _entries(model, params)
-    for entry in entries.values():
-        if entry.which:
-            continue  # written with the first of its tensor
-        arrays = [_to_host(_get(params, path)) for path in entry.tensor.paths]
-        for index in np.ndindex(entry.names.shape):
-            tensor = entry.tensor.write([array[index] for array in arrays])
-            # safetensors writes the buffer as it lies: it must be contiguous.
-            tensors[entry.names[index]] = np.ascontiguousarray(tensor, np.float32)
-    if jax.process_index() != 0:
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    ids = {name: value for name, value in extra.items() if name.endswith("_token_id")}
-    with _replacing(directory / WEIGHTS) as target:
-        save_file(tensors, target, metadata={"format": "pt"})
-    for name, data in ((GENERATION_CONFIG, ids), (CONFIG, families.to_hf(model.config) | extra)):
-        with _replacing(directory / name) as target:
-            target.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _entries(model: Model, params: Any) -> dict[tuple[str, ...], _Entry]:
-    """Path of each parameter of the model -> its tensors. `params` may be shapes alone."""
     config = model.config
-    shapes = {
-        tuple(key.key for key in key_path): tuple(array.shape)
-        for key_path, array in jax.tree.leaves_with_path(params)
-    }
-    entries = {}
-    for name, tensor in TENSORS[config.family].items():
-        if tensor.paths[0] not in shapes:
-            continue
-        sizes = {"layer": config.num_layers, "expert": config.num_experts}
-        stacked = {axis: size for axis, size in sizes.items() if f"{{{axis}}}" in name}
-        names = np.empty(tuple(stacked.values()), object)
-        for index in np.ndindex(names.shape):
-            names[index] = name.format(**dict(zip(stacked, index, strict=True)))
-        ours = tuple(shapes[path][names.ndim :] for path in tensor.paths)
-        for which, path in enumerate(tensor.paths):
-            entries[path] = _Entry(tensor, which, ours, shapes[path], names)
-    assert entries.keys() == shapes.keys(), entries.keys() ^ shapes.keys()
-    return entries
+    found = stream.entries(config, TENSORS[config.family], params)
+    data = families.to_hf(config)
+    _save(Path(path), data, found, params, extra_config, dtype, max_shard_bytes)
 
 
-def _match(
-    model: Model, shapes: Any, tensors: Mapping[str, _Stored], directory: Path
-) -> dict[tuple[str, ...], _Entry]:
-    """The entries of the model, after checking that the checkpoint holds them and no others."""
-    entries = _entries(model, shapes)
-    for entry in entries.values():
-        for name in entry.names.flat:
-            if name not in tensors:
-                raise UserError(f"{directory}: tensor {name!r} is missing; config.json implies it")
-            tensors[name].check(name, entry.theirs)
-    known = {name for entry in entries.values() for name in entry.names.flat}
-    for name in sorted(set(tensors) - known):
-        if name.endswith(UNREAD):
-            continue
-        if name == "lm_head.weight" and model.config.tie_embeddings:
-            entry = entries[("embedding",)]
-            embedding = tensors[entry.names[()]]
-            tensors[name].check(name, entry.theirs)
-            if np.array_equal(tensors[name].read(), embedding.read()):
-                continue
-            raise UserError(
-                f"{tensors[name].file}: tensor {name!r} differs from the embedding, although "
-                "config.json says tie_word_embeddings=true"
-            )
-        raise UserError(
-            f"{tensors[name].file}: tensor {name!r} is not part of the model of config.json"
-        )
-    return entries
+def save_reward(
+    path: str | os.PathLike[str],
+    model: ScalarModel,
+    params: Params,
+    *,
+    extra_config: Mapping[str, Any] | None = None,
+    dtype: ParamDtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a reward model, as AutoModelForSequenceClassification with one label reads it.
+
+    As `save`; the unembedding of the trunk, if it has one, is left out. `pad_token_id` in
+    `extra_config` is how transformers finds the last token of each row.
+
+    Raises:
+      ValueError: without a pad_token_id: transformers would score rows of one alone.
+    """
+    if (extra_config or {}).get("pad_token_id") is None:
+        raise ValueError("extra_config: a reward model needs a pad_token_id, see save_reward")
+    flat = {name: value for name, value in _flat(params).items() if name != "unembedding"}
+    config = model.decoder.config
+    found = stream.entries(config, _reward_tensors(config), flat)
+    data = reward_to_hf(config)
+    _save(Path(path), data, found, flat, extra_config, dtype, max_shard_bytes)
 
 
-class _Stored(NamedTuple):
-    """A tensor of a safetensors file, not read yet."""
+def save_value_head(path: str | os.PathLike[str], head: Params) -> None:
+    """Writes the head of a critic to `value_head.safetensors`: `value_head.weight` [1, D], float32.
 
-    file: Path
-    handle: Any
-    name: str
+    A model's own files have no place for it. Beside the model's directory is better than in it:
+    servers may take every .safetensors file in there for weights.
 
-    def check(self, name: str, expected: tuple[int, ...]) -> None:
-        view = self.handle.get_slice(self.name)
-        shape, dtype = tuple(view.get_shape()), view.get_dtype()
-        if shape != expected:
-            raise UserError(
-                f"{self.file}: tensor {name!r} has shape {shape}; config.json implies {expected}"
-            )
-        if dtype not in DTYPES:
-            raise UserError(
-                f"{self.file}: tensor {name!r} is {dtype}; expected one of {', '.join(DTYPES)}"
-            )
-
-    def read(self) -> np.ndarray:
-        return self.handle.get_tensor(self.name)
+    Args:
+      path: the directory to write to.
+      head: {"kernel": [D]}.
+    """
+    kernel = stream.to_host(head["kernel"])
+    if jax.process_index() == 0:
+        with replacing(Path(path) / VALUE_HEAD) as target:
+            tensors = {_VALUE_WEIGHT: np.asarray(kernel, np.float32)[None]}
+            save_file(tensors, target, metadata={"format": "pt"})
 
 
-def _read(entry: _Entry, tensors: Mapping[str, _Stored], sharding: Any, dtype: str) -> jax.Array:
-    """Reads one parameter, shard by shard: the host holds one shard and one tensor at a time."""
-    done: dict[str, np.ndarray] = {}
-    num_stacked = entry.names.ndim
-    part = entry.tensor.part(entry.ours, entry.which)
+def load_value_head(path: str | os.PathLike[str]) -> dict[str, jax.Array]:
+    """Reads what `save_value_head` wrote: {"kernel": [D] float32}.
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        key = str(index)
-        if key not in done:  # replicas ask for the same shard again
-            names, within = entry.names[index[:num_stacked]], index[num_stacked:]
-            one = entry.ours[entry.which]
-            pieces = [
-                entry.tensor.read(tensors[name].read()[part], one)[within]
-                for name in np.ravel(names)
-            ]
-            whole = np.stack(pieces, dtype=jnp.dtype(dtype), casting="unsafe")
-            done[key] = whole.reshape(*np.shape(names), *pieces[0].shape)
-        return done[key]
-
-    return jax.make_array_from_callback(entry.shape, sharding, shard)
+    Raises:
+      UserError: if there is none, or it holds something else.
+    """
+    file = Path(path) / VALUE_HEAD
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: no value head: {error}") from error
+    weight = tensors.get(_VALUE_WEIGHT)
+    if len(tensors) != 1 or weight is None or weight.ndim != 2 or len(weight) != 1:
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        raise UserError(f"{file}: expected {_VALUE_WEIGHT!r} of shape (1, D) alone, found {found}")
+    return {"kernel": jnp.asarray(weight[0], jnp.float32)}
 
 
-@contextlib.contextmanager
-def _open(directory: Path) -> Iterator[dict[str, _Stored]]:
-    """Name -> tensor, of the one file or of all shards of the index."""
-    weight_map: dict[str, str] | None = None
-    if (directory / WEIGHTS).exists() or not (directory / INDEX).exists():
-        files = [WEIGHTS]
+def _reward_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """The trunk's, without an unembedding, and the head's."""
+    trunk = {n: t for n, t in TENSORS[config.family].items() if t.paths != (("unembedding",),)}
+    return trunk | {"score.weight": Tensor((("score",),), num_inputs=1)}
+
+
+def _flat(params: Params) -> dict[str, Any]:
+    """{"decoder": ..., "head": {"kernel": ...}} -> the decoder's, and "score"."""
+    return {**params["decoder"], "score": params["head"]["kernel"]}
+
+
+def _load(
+    directory: Path,
+    config: ModelConfig,
+    names: Mapping[str, Tensor],
+    shapes: Any,
+    logical_axes: Any,
+    mesh: Mesh | None,
+    dtype: ParamDtype,
+) -> dict[str, Any]:
+    if mesh is None:
+        single = SingleDeviceSharding(jax.local_devices()[0])
+        targets = jax.tree.map(lambda _: single, shapes)
     else:
-        weight_map = _read_json(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str)
-            and file == os.path.basename(file)
-            and file.endswith(".safetensors")
-            for file in weight_map.values()
-        ):
-            raise UserError(
-                f"{directory / INDEX}: expected a 'weight_map' from tensors to .safetensors files "
-                "beside it"
-            )
-        files = sorted(set(weight_map.values()))
-    tensors: dict[str, _Stored] = {}
-    with contextlib.ExitStack() as stack:
-        for file in files:
-            try:
-                handle = stack.enter_context(safe_open(directory / file, framework="numpy"))
-            except FileNotFoundError as error:
-                raise UserError(
-                    f"{directory / file}: no such file; the weights are missing"
-                ) from error
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{directory / file}: not a safetensors file: {error}") from error
-            tensors |= {name: _Stored(directory / file, handle, name) for name in handle.keys()}  # noqa: SIM118
-        for name, file in (weight_map or {}).items():
-            if name not in tensors or tensors[name].file.name != file:
-                raise UserError(
-                    f"{directory / file}: tensor {name!r} is missing; {INDEX} says it is here"
-                )
-        yield tensors
+        targets = shardings(logical_axes, mesh, shapes)
+    found = stream.entries(config, names, shapes)
+    with open_tensors(directory) as tensors:
+        stream.check(found, tensors, directory)
+
+        def read(key_path: tuple[Any, ...], sharding: Any) -> jax.Array:
+            entry = found[tuple(key.key for key in key_path)]
+            return stream.read(entry, tensors, sharding, jnp.dtype(dtype))
+
+        return jax.tree_util.tree_map_with_path(read, targets)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file; expected a Hugging Face model directory") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(data).__name__}")
-    return data
-
-
-@contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `file` in one step once all is written and on disk."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _get(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
-def _to_host(array: Any) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
+def _save(
+    directory: Path,
+    data: dict[str, Any],
+    found: Mapping[stream.ParamPath, stream.Entry],
+    params: Params,
+    extra_config: Mapping[str, Any] | None,
+    dtype: ParamDtype | None,
+    max_shard_bytes: int,
+) -> None:
+    is_writer = jax.process_index() == 0
+    kept = jnp.dtype(dtype or jnp.result_type(*jax.tree.leaves(params)))
+    plan = stream.plan(found, params, kept)
+    if is_writer:
+        directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory, plan, kept, max_shard_bytes=max_shard_bytes, is_writer=is_writer)
+    if is_writer:
+        extra = dict(extra_config or {})
+        ids = {name: value for name, value in extra.items() if name.endswith("_token_id")}
+        write_json(directory / GENERATION_CONFIG, ids)
+        write_json(directory / CONFIG, data | {"torch_dtype": kept.name} | extra)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from alignjax.models.config import Family
 
@@ -44,18 +46,18 @@ class Tensor(NamedTuple):
         is_last = bool(self.num_inputs) and not self.is_transposed
         return (slice(None), outputs) if is_last else (outputs,)
 
-    def read(self, part: np.ndarray, ours: Shape) -> np.ndarray:
+    def read(self, part: Array, ours: Shape) -> Array:
         """The part of a tensor -> its parameter, of one layer and expert."""
         return (part.T if self._turns else part).reshape(ours)
 
-    def write(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    def write(self, arrays: Sequence[Array]) -> Array:
         """The parameters of one layer and expert -> the tensor."""
         if not self.num_inputs:
-            return arrays[0] if len(arrays) == 1 and not self._is_bias else np.concatenate(
+            return arrays[0] if len(arrays) == 1 and not self._is_bias else jnp.concatenate(
                 [array.reshape(-1) for array in arrays]
             )  # fmt: skip
         inputs = _size(arrays[0].shape[: self.num_inputs])
-        kernel = np.concatenate([array.reshape(inputs, -1) for array in arrays], axis=1)
+        kernel = jnp.concatenate([array.reshape(inputs, -1) for array in arrays], axis=1)
         return kernel.T if self.is_transposed else kernel
 
     @property

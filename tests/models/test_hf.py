@@ -366,11 +366,11 @@ def test_failed_save_leaves_the_old_files(directory, monkeypatch):
     model, params = load(directory)
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
 
-    def fail(tensors, file, metadata):
+    def fail(file, plan, dtype):
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("alignjax.models.hf.save_file", fail)
+    monkeypatch.setattr("alignjax.models.stored._write_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save(directory, model, jax.tree.map(lambda x: x + 1, params))
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
