@@ -503,6 +503,8 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
         data["original_max_position_embeddings"] = original
     section["rope_theta"] = config.rope_theta
     if config.local_rope_theta is None:
+        if config.family == "gemma3_text":  # it has one for each kind of layer, alike or not
+            section = {"full_attention": section, "sliding_attention": dict(section)}
         return data | {"rope_parameters": section}
     local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
     return data | {
