@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,10 @@ from jax import Array
 
 from alignjax.core.precision import matmul_precision
 from alignjax.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from alignjax.models.lora import Adapter
+    from alignjax.models.quantize import Int8Kernel, Nf4Kernel
 
 
 def normal_param(rngs: nnx.Rngs, sizes: Mapping[str, int], std: float) -> nnx.Param:
@@ -87,20 +92,23 @@ class Linear(nnx.Module):
         std: float,
         rngs: nnx.Rngs,
     ):
-        self.kernel = normal_param(rngs, {**inputs, **outputs}, std)
-        self.num_inputs = len(inputs)
+        self.axes = tuple(inputs), tuple(outputs)
+        kernel = normal_param(rngs, {**inputs, **outputs}, std)
+        self.kernel: nnx.Param | Int8Kernel | Nf4Kernel = kernel
+        self.lora: Adapter | None = nnx.data(None)
         zeros = jnp.zeros(tuple(outputs.values()), jnp.float32)
         self.bias = nnx.Param(zeros, logical_axes=tuple(outputs)) if bias else None
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(x.dtype)
-        rows, outputs = x.shape[: x.ndim - self.num_inputs], kernel.shape[self.num_inputs :]
+        num_inputs = len(self.axes[0])
+        rows, outputs = x.shape[: x.ndim - num_inputs], kernel.shape[num_inputs:]
         # As one product of matrices: the gradients of a wider contraction cost a transpose each.
-        y = jnp.dot(
-            x.reshape(math.prod(rows), -1),
-            kernel.reshape(-1, math.prod(outputs)),
-            precision=matmul_precision(x.dtype),
-        ).reshape(*rows, *outputs)
+        x, kernel = x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(outputs))
+        y = jnp.dot(x, kernel, precision=matmul_precision(x.dtype))
+        if self.lora is not None:
+            y = self.lora(x, kernel, y)
+        y = y.reshape(*rows, *outputs)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

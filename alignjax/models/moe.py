@@ -11,7 +11,7 @@ from jax import Array
 
 from alignjax.core.precision import matmul_precision
 from alignjax.models.config import ModelConfig
-from alignjax.models.layers import ACTIVATIONS, Linear, normal_param
+from alignjax.models.layers import ACTIVATIONS, normal_param
 
 
 class RouterSums(NamedTuple):
@@ -45,7 +45,7 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         experts, width = {"experts": config.num_experts}, {"embed": config.hidden_size}
         inner, std = {"expert_mlp": config.intermediate_size}, config.initializer_range
-        self.router = Linear(width, {"router": config.num_experts}, bias=False, std=std, rngs=rngs)
+        self.router = normal_param(rngs, width | {"router": config.num_experts}, std)
         self.gate = normal_param(rngs, experts | width | inner, std)
         self.up = normal_param(rngs, experts | width | inner, std)
         self.down = normal_param(rngs, experts | inner | width, std)
@@ -55,7 +55,9 @@ class Experts(nnx.Module):
     def __call__(self, x: Array, is_real: Array) -> tuple[Array, RouterSums]:
         """[B, T, D] -> [B, T, D]; is_real [B, T] bool says what is counted."""
         tokens = x.reshape(-1, x.shape[-1])
-        probs = jax.nn.softmax(self.router(tokens).astype(jnp.float32), axis=-1)
+        precision = matmul_precision(x.dtype)
+        logits = jnp.dot(tokens, self.router[...].astype(x.dtype), precision=precision)
+        probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
         num_experts = probs.shape[-1]
         weights, chosen = jax.lax.top_k(probs, self.per_token)
         if self.is_normalized:
@@ -66,7 +68,6 @@ class Experts(nnx.Module):
         rows = tokens[order // self.per_token]
 
         def project(rows: Array, kernel: nnx.Param) -> Array:
-            precision = matmul_precision(rows.dtype)
             return jax.lax.ragged_dot(
                 rows, kernel[...].astype(rows.dtype), sizes, precision=precision
             )

@@ -96,7 +96,7 @@ def _norm(name: str, path: str) -> dict[str, Tensor]:
 
 def _experts(prefix: str, gate: str, up: str, down: str) -> dict[str, Tensor]:
     names = {"gate": gate, "up": up, "down": down}
-    return _projection(f"{prefix}.gate", "mlp.router") | {
+    return {f"{prefix}.gate.weight": Tensor((_path("mlp.router"),), 1)} | {
         f"{prefix}.experts.{{expert}}.{theirs}.weight": Tensor((_path(f"mlp.{ours}"),), 1)
         for ours, theirs in names.items()
     }

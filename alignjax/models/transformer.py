@@ -23,7 +23,9 @@ from alignjax.models.attention import Attention, Cache, LayerCache, Sight
 from alignjax.models.config import ModelConfig
 from alignjax.models.kernels import RESIDUALS, Implementation, attend
 from alignjax.models.layers import MLP, Ends, make_norm
+from alignjax.models.lora import LoraConfig, adapt, linears, set_dropout
 from alignjax.models.moe import Experts, RouterSums
+from alignjax.models.quantize import Kind, quantize_linear
 from alignjax.models.rope import rope_angles
 
 if TYPE_CHECKING:
@@ -82,27 +84,41 @@ def _by_kind(kinds: Sequence[Any], make: Callable[[Any], Any]) -> Callable[[Arra
     return pick
 
 
-@functools.cache
-def _abstract(module: Callable[..., nnx.Module], config: ModelConfig) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: module(config, nnx.Rngs(0))))
-
-
 @dataclass(frozen=True)
 class _Pure:
     """A module class as pure functions: the one place where NNX modules are split and merged."""
 
     module: Callable[[ModelConfig, nnx.Rngs], nnx.Module]
     config: ModelConfig
+    lora: LoraConfig | None = None
+    quantize: Kind | None = None
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        module = self.module(self.config, rngs)
+        if self.quantize is not None:
+            for linear in linears(module).values():
+                quantize_linear(linear, self.quantize)
+        if self.lora is not None:
+            adapt(module, self.lora, rngs)
+        return module
 
     def init(self, key: Array) -> dict[str, Any]:
-        return nnx.to_pure_dict(nnx.split(self.module(self.config, nnx.Rngs(key)))[1])
+        return _arrays(self.build(nnx.Rngs(key)))
 
     def bind(self, params: Params) -> Any:
-        return nnx.merge(_abstract(self.module, self.config)[0], params)
+        return nnx.merge(_abstract(self)[0], params)
 
     def logical_axes(self) -> dict[str, Any]:
-        params = _abstract(self.module, self.config)[1]
-        return nnx.to_pure_dict(params, lambda param: param.logical_axes)
+        return nnx.to_pure_dict(_abstract(self)[1], lambda param: param.logical_axes)
+
+
+@functools.cache
+def _abstract(pure: _Pure) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: pure.build(nnx.Rngs(0))))
+
+
+def _arrays(module: nnx.Module) -> dict[str, Any]:
+    return nnx.to_pure_dict(nnx.split(module)[1])
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,8 @@ class Model:
       attention: how it is computed; "auto" goes by the platform (`kernels.choose`).
       mesh: of the parameters, for kernels that the compiler cannot split by itself; None: one
         device, or kernels that it can.
+      lora: adapters beside the projections of the layers; see `models.lora`.
+      quantize: the kernels of the projections of the layers are codes; see `models.quantize`.
     """
 
     config: ModelConfig
@@ -125,6 +143,8 @@ class Model:
     remat: bool = False
     attention: Implementation = "auto"
     mesh: Mesh | None = None
+    lora: LoraConfig | None = None
+    quantize: Kind | None = None
 
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16"):
@@ -146,6 +166,7 @@ class Model:
         segment_ids: Array,
         positions: Array,
         cache: Cache | None = None,
+        dropout_key: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Final-normed hidden states of each token, and the cache with the tokens added to it.
 
@@ -159,21 +180,27 @@ class Model:
           tokens: [B, T] int32; any id on padding.
           segment_ids: [B, T] int32; 0 on padding.
           positions: [B, T] int32, within the segment; any value on padding.
+          dropout_key: of the adapters' dropout, in training; None: nothing is left out.
         Returns:
           hidden [B, T, D] of the compute dtype, finite everywhere, of no meaning on padding;
           the cache (None if None was given).
         """
-        return self._run(params, tokens, segment_ids, positions, cache)[:2]
+        return self._run(params, tokens, segment_ids, positions, cache, dropout_key)[:2]
 
     def apply_with_routing(
-        self, params: Params, tokens: Array, segment_ids: Array, positions: Array
+        self,
+        params: Params,
+        tokens: Array,
+        segment_ids: Array,
+        positions: Array,
+        dropout_key: Array | None = None,
     ) -> tuple[Array, RouterSums]:
         """As `apply` without a cache, with how the tokens were spread over experts.
 
         Raises:
           ValueError: if the model has no experts.
         """
-        hidden, _, sums = self._run(params, tokens, segment_ids, positions, None)
+        hidden, _, sums = self._run(params, tokens, segment_ids, positions, None, dropout_key)
         if sums is None:
             raise ValueError("num_experts=0: this model has no router; use apply")
         return hidden, sums
@@ -185,6 +212,7 @@ class Model:
         segment_ids: Array,
         positions: Array,
         cache: Cache | None,
+        dropout_key: Array | None,
     ) -> tuple[Array, Cache | None, RouterSums | None]:
         config = self.config
         ends = self._ends.bind({name: params[name] for name in params if name != "layers"})
@@ -198,16 +226,17 @@ class Model:
         pick_angles = self._angles(positions, segment_ids > 0)
         run_attention = functools.partial(attend, implementation=self.attention, mesh=self.mesh)
 
-        def run_layer(carry: Any, layer: tuple[Any, Array]) -> tuple[Any, RouterSums | None]:
+        def run_layer(carry: Any, inputs: tuple[Any, Array]) -> tuple[Any, RouterSums | None]:
             x, keys_values = carry
-            weights, number = layer
+            weights, number = inputs
             store = None
             if keys_values is not None:
                 store = LayerCache(*keys_values, number, cache.index)
             sight = Sight(segment_ids, segments, first_slot, number)
-            x, store, sums = self._layer.bind(weights)(
-                x, pick_angles(number), sight, run_attention, store
-            )
+            layer = self._layer.bind(weights)
+            if dropout_key is not None:
+                set_dropout(layer, jax.random.fold_in(dropout_key, number))
+            x, store, sums = layer(x, pick_angles(number), sight, run_attention, store)
             return (x, None if store is None else (store.k, store.v)), sums
 
         # Kept for the backward pass: the outputs of the projections and of fused attention.
@@ -285,10 +314,21 @@ class Model:
         )
         return {**self._ends.logical_axes(), "layers": layers}
 
+    def map_layers(self, params: Params, change: Callable[[Any, Array], None]) -> dict[str, Any]:
+        """Params after `change(layer, number)` of each `Layer`, an NNX module, in place."""
+
+        def changed(layer: Params, number: Array) -> dict[str, Any]:
+            module = self._layer.bind(layer)
+            change(module, number)
+            return _arrays(module)
+
+        numbers = jnp.arange(self.config.num_layers)
+        return {**params, "layers": jax.vmap(changed)(params["layers"], numbers)}
+
     @property
     def _ends(self) -> _Pure:
         return _Pure(Ends, self.config)
 
     @property
     def _layer(self) -> _Pure:
-        return _Pure(Layer, self.config)
+        return _Pure(Layer, self.config, self.lora, self.quantize)

@@ -21,6 +21,8 @@ RULES: dict[str, str | None] = {
     "router": None,
     "expert_mlp": None,
     "layers": None,
+    "rank": None,
+    "block": None,
 }
 
 

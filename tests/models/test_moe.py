@@ -21,7 +21,7 @@ def dense(params, x, per_token, is_normalized):
     probabilities = np.zeros_like(times)
     for at in np.ndindex(x.shape[:-1]):
         token = x[at].astype(np.float64)
-        logits = token @ params["router"]["kernel"]
+        logits = token @ params["router"]
         probs = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         best = sorted(range(len(probs)), key=lambda e: -probs[e])[:per_token]
         share = sum(probs[e] for e in best) if is_normalized else 1.0

@@ -1,0 +1,103 @@
+"""Adapters <-> a directory of PEFT: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from alignjax.core.errors import UserError
+from alignjax.models import families
+from alignjax.models.transformer import Model
+
+if TYPE_CHECKING:
+    from alignjax.core.types import Params
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+"""Our parameters of an adapter -> what PEFT calls them."""
+
+
+def save(path: str | os.PathLike[str], model: Model, adapters: Params, *, base: str) -> None:
+    """Writes what `peft.PeftModel.from_pretrained` puts on a transformers model.
+
+    Args:
+      path: the directory, which is there.
+      model: with `lora`. If its base is quantised, the adapters are nevertheless to be put on the
+        base as it was before.
+      adapters: as `lora.split` gives them.
+      base: the directory or name of the base, for who reads the adapter.
+    Raises:
+      UserError: if a tensor of transformers holds several of the adapted projections, or part of
+        one: it has no adapter of PEFT that is the same.
+    """
+    assert model.lora is not None
+    tensors: dict[str, np.ndarray] = {}
+    targets = set()
+    for name, arrays in projections(adapters).items():
+        module = module_name(name)
+        targets.add(module.partition("{layer}.")[2])
+        for part, stacked in arrays.items():
+            for layer, array in enumerate(_matrices(part, np.asarray(jax.device_get(stacked)))):
+                key = f"{PREFIX}{module.format(layer=layer)}.{PARTS[part]}"
+                tensors[key] = np.ascontiguousarray(array, np.float32)
+    directory = Path(path)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": model.lora.rank,
+        "lora_alpha": model.lora.alpha,
+        "lora_dropout": model.lora.dropout,
+        "use_rslora": model.lora.rslora,
+        "use_dora": model.lora.dora,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def projections(adapters: Params) -> dict[str, dict[str, Any]]:
+    """Dotted path of each adapted projection -> its stacked `a`, `b` and perhaps `magnitude`."""
+    found: dict[str, dict[str, Any]] = {}
+    for key_path, array in jax.tree.leaves_with_path(adapters["layers"]):
+        *path, _, part = (key.key for key in key_path)
+        found.setdefault(".".join(path), {})[part] = array
+    return found
+
+
+def module_name(projection: str) -> str:
+    """attention.query -> model.layers.{layer}.self_attn.q_proj, by the names of the kernel.
+
+    Raises:
+      UserError: if there is no module of transformers that is this projection and nothing else.
+    """
+    path = ("layers", *projection.split("."), "kernel")
+    for name, tensor in families.TENSORS.items():
+        if tensor.path == path and name.endswith(".weight"):
+            return name.removesuffix(".weight")
+    raise UserError(
+        f"the projection {projection} is not a module of its own in transformers, so that PEFT has "
+        "no adapter that is the same: export the merged weights, without --adapter"
+    )
+
+
+def _matrices(part: str, stacked: np.ndarray) -> np.ndarray:
+    """[L, ...] here -> [L, r, inputs], [L, outputs, r] or [L, outputs], as torch has them."""
+    num_layers = len(stacked)
+    match part:
+        case "a":
+            return stacked.reshape(num_layers, -1, stacked.shape[-1]).swapaxes(1, 2)
+        case "b":
+            return stacked.reshape(num_layers, stacked.shape[1], -1).swapaxes(1, 2)
+        case _:
+            return stacked.reshape(num_layers, -1)

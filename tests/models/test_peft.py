@@ -1,0 +1,73 @@
+"""Adapters as PEFT has them: `peft` itself reads them, and computes what we do."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from alignjax.core.errors import UserError
+from alignjax.models import Model, ModelConfig, lora, peft, save
+from alignjax.models.lora import LoraConfig
+
+CONFIG = ModelConfig(
+    family="qwen3", vocab_size=19, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=16,
+    intermediate_size=48, initializer_range=0.3,
+)  # fmt: skip
+KINDS = {
+    "lora": LoraConfig(rank=3, alpha=6),
+    "rslora": LoraConfig(rank=3, alpha=6.5, rslora=True, dropout=0.25),
+    "dora": LoraConfig(rank=3, alpha=6, dora=True),
+    "some": LoraConfig(rank=2, alpha=8, targets=("attention.out", "mlp.down")),
+}
+
+
+def write(folder, kind):
+    """A base in folder/base and its adapters in folder/adapter; the model and its parameters."""
+    model = Model(CONFIG, lora=KINDS[kind])
+    base = Model(CONFIG).init(jax.random.key(0))
+    adapters = jax.jit(lora.init, static_argnums=0)(model, base, jax.random.key(1))
+    leaves, structure = jax.tree.flatten(adapters)
+    rng = np.random.default_rng(0)
+    leaves = [x + rng.normal(size=x.shape, scale=0.2).astype(np.float32) for x in leaves]
+    adapters = jax.tree.unflatten(structure, leaves)
+    save(folder / "base", Model(CONFIG), base)
+    (folder / "adapter").mkdir()
+    peft.save(folder / "adapter", model, adapters, base=str(folder / "base"))
+    return model, base, adapters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_computes_the_same(tmp_path, kind):
+    library = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model, base, adapters = write(tmp_path, kind)
+    tokens = np.random.default_rng(1).integers(0, 19, (2, 9)).astype(np.int32)
+    batch = tokens, np.ones_like(tokens), np.tile(np.arange(9, dtype=np.int32), (2, 1))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        before = theirs(torch.tensor(tokens).long()).logits.numpy()
+        adapted = library.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+        expected = adapted.eval()(torch.tensor(tokens).long()).logits.numpy()
+    params = lora.combine(base, adapters)
+    found = jax.jit(lambda p: model.logits(p, model.apply(p, *batch)[0]))(params)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+    assert np.abs(expected - before).max() > 0.5, "the adapter does something"
+    config = adapted.peft_config["default"]
+    assert config.base_model_name_or_path == str(tmp_path / "base")
+    assert (config.r, config.lora_dropout) == (KINDS[kind].rank, KINDS[kind].dropout)
+
+
+def test_a_projection_that_is_part_of_another_tensor(monkeypatch):
+    names = {n: t for n, t in peft.families.TENSORS.items() if "q_proj" not in n}
+    monkeypatch.setattr(peft.families, "TENSORS", names)
+    with pytest.raises(UserError, match=r"attention\.query is not a module .* without --adapter"):
+        peft.module_name("attention.query")
+
+
+def test_the_config_is_json(tmp_path):
+    write(tmp_path, "some")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["target_modules"] == ["mlp.down_proj", "self_attn.o_proj"]
+    assert (config["r"], config["lora_alpha"], config["use_dora"]) == (2, 8.0, False)
