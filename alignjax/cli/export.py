@@ -1,4 +1,4 @@
-"""`alignjax export RUN DIR`: the weights of a checkpoint -> a Hugging Face directory."""
+"""`alignjax export RUN DIR`: the weights of a checkpoint -> a Hugging Face directory, or PEFT's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ EXAMPLES = """\
 examples:
   alignjax export runs/r1_zero/zero exported
   alignjax export runs/gsm8k/sft exported --step 200
+  alignjax export runs/lora exported --adapter
 
 A finished run has its last weights in RUN/model already; this takes them out of a checkpoint, of a
 run that goes on or was stopped as well. transformers and vLLM read the result.
+
+Adapters (model.lora) are merged into the weights, quantised ones (model.quantize) being restored to
+float32 as the run computed with them. With --adapter they are written by themselves, for PEFT.
 """
 
 
@@ -22,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", type=int, metavar="N", help="which checkpoint (default: the last)"
     )
+    parser.add_argument(
+        "--adapter", action="store_true", help="write the adapters of a LoRA run alone, for PEFT"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -30,5 +37,5 @@ def main(args: argparse.Namespace) -> None:
     prepare()
     from alignjax.recipes.stage import export_checkpoint
 
-    step = export_checkpoint(Path(args.run), Path(args.out), step=args.step)
+    step = export_checkpoint(Path(args.run), Path(args.out), step=args.step, adapter=args.adapter)
     print(f"wrote {args.out} from step {step}")

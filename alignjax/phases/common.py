@@ -1,8 +1,12 @@
 """What every phase has: a model with its tokenizer, text turned into ids, and an export."""
 
+import contextlib
+import dataclasses
+import functools
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 from jax import Array
@@ -15,7 +19,8 @@ from alignjax.core.precision import compute_dtype
 from alignjax.core.types import Params
 from alignjax.losses import TokenLogps, next_token_logps
 from alignjax.losses.vocabulary import default_chunk_size
-from alignjax.models import Model, ModelConfig, load, load_eos_ids, save
+from alignjax.models import Model, ModelConfig, load, load_eos_ids, lora, peft, save
+from alignjax.models.lora import LoraConfig
 from alignjax.sharding import MeshConfig, batch_shards, init_sharded, shardings
 from alignjax.text import HFTokenizer, check_fits, load_tokenizer, stop_ids
 from alignjax.train.loop import LoopConfig
@@ -44,11 +49,22 @@ class ModelSource(Config):
     update is rounded at random (`train.rounding`); moments and sums of gradients stay float32."""
     remat: bool = False
     """Recompute layers in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig | None = None
+    """Train adapters beside the weights of path, which stay as they are."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Hold the frozen kernels of the layers in 8 or 4 bits (QLoRA); needs lora."""
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
         if (self.path is None) == (self.init is None):
             raise ValueError("give either path (a directory) or init (a shape to start from)")
+        if self.lora is not None and self.path is None:
+            raise ValueError("lora adapts a model that is there: give path instead of init")
+        if self.quantize is not None and self.lora is None:
+            raise ValueError(
+                f"quantize={self.quantize!r} is for weights that do not train: give lora as well, "
+                "such as lora: {rank: 16}, or leave quantize out"
+            )
         return self
 
 
@@ -71,6 +87,8 @@ class Policy:
     """A model that is trained, its tokenizer, and where its weights come from.
 
     Attributes:
+      frozen: under LoRA the weights of the base, which nothing changes; else None. `params` of a
+        state are then the adapters alone, and `whole(params)` is what the model computes with.
       eos_ids: what ends a completion: the tokenizer's EOS, which is the one that is trained, and
         what else the model's directory lists.
     """
@@ -87,6 +105,7 @@ class Policy:
         self.eos_ids = stop_ids(self.tokenizer, eos_ids=listed)
         self._mesh, self._source = mesh, source
         self._loaded: Params | None = None
+        self.frozen: Params | None = None
         dtype = compute_dtype(source.compute_dtype, mesh.devices.flat[0].platform)
         if source.init is not None:
             shape = {"vocab_size": self.tokenizer.vocab_size} | source.init.model_dump(
@@ -100,14 +119,33 @@ class Policy:
                 remat=source.remat,
             )  # fmt: skip
         check_fits(self.tokenizer, self.model.config.vocab_size, where)
+        if source.lora is not None:
+            self.model = dataclasses.replace(self.model, lora=source.lora, quantize=source.quantize)
+            self.frozen, self._loaded = self._loaded, None
+            if source.quantize is not None:
+                axes = self.reference_model.logical_axes()
+                self.frozen = self._sharded(lora.quantize, axes, self.frozen)
+
+    @property
+    def reference_model(self) -> Model:
+        """What computes with `frozen`, if that is there: the model without its adapters."""
+        return lora.base(self.model)
+
+    def whole(self, params: Params) -> Params:
+        """The parameters that the model computes with, those that do not train included."""
+        return params if self.frozen is None else lora.combine(self.frozen, params)
 
     def init(self, key: Array) -> Params:
-        """The weights to start from: those of the directory, or random ones, in their shardings.
+        """The weights to start from: those of the directory, or random ones, in their shardings;
+        under LoRA new adapters.
 
         A fresh copy each time: the training step donates what it is given.
         """
         if self._loaded is not None:
             return copied(self._loaded)
+        if self.frozen is not None:
+            axes, _ = lora.split(self.model.logical_axes())
+            return self._sharded(lora.init, axes, self.frozen, key)
         axes, dtype = self.model.logical_axes(), self._source.param_dtype
 
         def init(key: Array) -> Params:
@@ -116,24 +154,54 @@ class Policy:
         return init_sharded(init, key, shardings(axes, self._mesh))
 
     def export(self, params: Params, path: Path) -> None:
-        """Writes a Hugging Face directory with the tokenizer; it appears whole or not at all."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        save(
-            temporary,
-            self.model,
-            params,
-            extra_config={
-                "bos_token_id": self.tokenizer.bos_id,
-                "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else [*self.eos_ids],
-                "pad_token_id": self.tokenizer.pad_id,
-            },
-        )
-        self.tokenizer.save(str(temporary))
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        """Writes a Hugging Face directory with the tokenizer; it appears whole or not at all.
+
+        Adapters are merged into the weights.
+        """
+        model = lora.plain(self.model)
+        if self.frozen is not None:
+            params = self._sharded(lora.merge, model.logical_axes(), self.whole(params))
+        extra = {
+            "bos_token_id": self.tokenizer.bos_id,
+            "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else [*self.eos_ids],
+            "pad_token_id": self.tokenizer.pad_id,
+        }
+        with _appearing(path) as temporary:
+            save(temporary, model, params, extra_config=extra)
+            self.tokenizer.save(str(temporary))
+
+    def export_adapter(self, params: Params, path: Path) -> None:
+        """Writes the adapters as a directory of PEFT; it appears whole or not at all.
+
+        Raises:
+          UserError: if the model has none.
+        """
+        if self.frozen is None:
+            raise UserError(
+                "the run trained all weights (no model.lora), so there is no adapter: export the "
+                "model, without --adapter"
+            )
+        with _appearing(path) as temporary:
+            peft.save(temporary, self.model, params, base=str(self._source.path))
+
+    def _sharded(self, function: Callable[..., Params], axes: Any, *args: Any) -> Params:
+        """`function(model, *args)`, compiled; its result is born in the shardings of `axes`."""
+        make = functools.partial(function, self.model)
+        targets = shardings(axes, self._mesh, jax.eval_shape(make, *args))
+        return jax.jit(make, out_shardings=targets)(*args)
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `path` at the end."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
+    if path.exists():
+        shutil.rmtree(path)
+    temporary.rename(path)
 
 
 def copied(params: Params) -> Params:
@@ -149,14 +217,22 @@ def score_tokens(
     num_shards: int = 1,
     temperature: float = 1.0,
     with_entropy: bool = True,
+    dropout_key: Array | None = None,
 ) -> TokenLogps:
     """Token rows [R, T] -> the policy's log-probs of their targets; see `next_token_logps`.
 
     Args:
       num_shards: parts that the rows are split into over devices (`sharding.batch_shards`); a chunk
         of logits has about ROWS_PER_CHUNK rows on each, whatever their number.
+      dropout_key: of the adapters' dropout, in training; see `Model.apply`.
     """
-    hidden, _ = model.apply(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+    hidden, _ = model.apply(
+        params,
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        dropout_key=dropout_key,
+    )
     return next_token_logps(
         hidden,
         model.unembedding(params),

@@ -124,7 +124,10 @@ class Grpo:
         self._generate = make_generate(model, mesh=mesh, max_rows=rollout.max_rows)
         log_path = Path(config.output_dir) / config.name / "rewards.log"
         self._score = RewardPool(config.rewards, log_path=log_path)
+        # Under LoRA a reference that stays is the base: no second copy of the weights.
         self._reference: Params | None = None
+        is_base = self._policy.frozen is not None and not algorithm.reference_every
+        reference = self._policy.reference_model if is_base else model
         num_shards = batch_shards(mesh)
 
         def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
@@ -137,7 +140,7 @@ class Grpo:
         def ref_logps(params: Params, batch: Batch) -> Array:
             def micro(mb: Batch) -> Array:
                 out = score_tokens(
-                    model, params, mb,
+                    reference, params, mb,
                     num_shards=num_shards, temperature=rollout.temperature, with_entropy=False,
                 )  # fmt: skip
                 return out.logps
@@ -149,7 +152,7 @@ class Grpo:
                 batch,
             )
 
-        self._step = make_step(loss, self._optimizer)
+        self._step = make_step(loss, self._optimizer, self._policy.frozen)
         self._ref_logps = jax.jit(ref_logps)
 
     # --- init -----------------------------------------------------------------------------------
@@ -158,11 +161,12 @@ class Grpo:
         params = self._policy.init(key)
         reference = None
         if self._config.algorithm.kl_coef > 0:
-            copy = self._policy.init(key)
             if self._config.algorithm.reference_every:
-                reference = copy
+                reference = self._policy.init(key)
+            elif self._policy.frozen is not None:
+                self._reference = self._policy.frozen
             else:
-                self._reference = copy
+                self._reference = self._policy.init(key)
         return create_state(params, self._optimizer.transform, key, reference=reference)
 
     def records(self) -> Any:
@@ -222,7 +226,8 @@ class Grpo:
     ) -> Rollouts:
         tasks = [Task(p.tokens, p.example.reference, p.example.fields) for p in prompts]
         return rollout(
-            self._generate, self._score, self._policy.tokenizer, params, tasks, key, sampling,
+            self._generate, self._score, self._policy.tokenizer, self._policy.whole(params), tasks,
+            key, sampling,
             prompt_len=self._config.rollout.max_prompt_tokens,
         )  # fmt: skip
 
@@ -301,9 +306,10 @@ class Grpo:
         return np.bincount(owners, kl, minlength=len(sequences)).astype(np.float32)
 
     def _ref(self, state: TrainState) -> Params:
-        reference = self._reference if state.reference is None else state.reference
-        assert reference is not None
-        return reference
+        if state.reference is not None:
+            return self._policy.whole(state.reference)
+        assert self._reference is not None
+        return self._reference
 
     def _packed(
         self, sequences: list[dict[str, np.ndarray]], num_updates: int = 1

@@ -196,6 +196,15 @@ class GrpoConfig(PhaseConfig):
     evaluation: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
+    def _samples_what_it_trains(self) -> "GrpoConfig":
+        if self.model.lora is not None and self.model.lora.dropout > 0:
+            raise ValueError(
+                f"model.lora.dropout={self.model.lora.dropout} would train another policy than the "
+                "one that samples, which drops nothing; set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _divides(self) -> "GrpoConfig":
         rows, parts = self.rows_per_update, self.data.micro_batches
         total = self.rollout.num_prompts * self.rollout.group_size

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from pydantic import Field
 
 from alignjax.core.config import Config
+from alignjax.core.keys import named_key
 from alignjax.core.types import Params, Weighted
 from alignjax.data import (
     RecordIterator,
@@ -80,8 +81,13 @@ def sft_rows(
 def sft_loss(
     model: Model, params: Params, batch: Batch, *, num_shards: int = 1
 ) -> tuple[Weighted, Metrics]:
-    """Cross-entropy per target token, in nats, over token rows [R, T]."""
-    out = score_tokens(model, params, batch, num_shards=num_shards)
+    """Cross-entropy per target token, in nats, over token rows [R, T].
+
+    Where the batch has a `dropout_seed`, adapters leave out some of their inputs.
+    """
+    seed = batch.get("dropout_seed")
+    key = None if seed is None else jax.random.key(seed)
+    out = score_tokens(model, params, batch, num_shards=num_shards, dropout_key=key)
     mask = batch["mask"]
     loss = token_mean(cross_entropy(out.logps, mask), mask)
     assert out.entropies is not None
@@ -109,7 +115,7 @@ class Sft:
         def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
             return sft_loss(model, params, batch, num_shards=batch_shards(mesh))
 
-        self._step = make_step(loss, self._optimizer)
+        self._step = make_step(loss, self._optimizer, self._policy.frozen)
         self._evaluate = make_evaluate(loss)
 
     def _rows(self, source: Source, **order: Any) -> RecordIterator[dict[str, np.ndarray]]:
@@ -131,6 +137,10 @@ class Sft:
 
     def collect(self, state: TrainState, records: Any) -> tuple[TrainState, Collected]:
         batch = next(records)
+        if self._policy.model.lora is not None and self._policy.model.lora.dropout > 0:
+            key = named_key(state.key, "dropout", int(state.step))
+            seeds = jax.random.bits(key, (len(batch["tokens"]),), np.uint32)
+            batch = {**batch, "dropout_seed": np.asarray(seeds)}
         return state, Collected(
             batches=[put_batch(batch, self._mesh, 1)],
             num_tokens=int(np.count_nonzero(batch["segment_ids"])),
@@ -145,8 +155,9 @@ class Sft:
         if self._eval is None:
             return Evaluated({})
         sums: dict[str, Any] = {}
+        params = self._policy.whole(state.params)
         for batch in self._rows(self._eval, num_epochs=1, shuffle=False):
-            loss, metrics = self._evaluate(state.params, put_batch(batch, self._mesh, 1))
+            loss, metrics = self._evaluate(params, put_batch(batch, self._mesh, 1))
             new = {"loss": loss, **metrics}
             sums = {k: merge(sums[k], new[k]) if sums else new[k] for k in new}
         return Evaluated({f"eval/{k}": float(finalize(v)) for k, v in sums.items()})

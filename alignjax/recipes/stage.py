@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -104,8 +104,19 @@ def check_same(run_dir: Path, config: Config) -> None:
             + "\n  ".join(changes)
             + "\nchoose another name (name=...), undo the change, or delete the directory"
         )
-    before = json.loads(inputs.read_text(encoding="utf-8"))
-    for name, digest in digests(config).items():
+    check_inputs(run_dir, config)
+
+
+def check_inputs(run_dir: Path, config: Config, keys: Sequence[str] = INPUTS) -> None:
+    """Compares what the inputs of a run hold with what they held when it began.
+
+    A checkpoint of a LoRA run holds the adapters alone: this is what ties it to its base.
+
+    Raises:
+      UserError: naming the first that has changed.
+    """
+    before = json.loads((run_dir / "inputs.json").read_text(encoding="utf-8"))
+    for name, digest in digests(config, keys).items():
         if before.get(name) != digest:
             raise UserError(
                 f"{run_dir} was made from another {name}: its content has changed since. Choose "
@@ -113,11 +124,11 @@ def check_same(run_dir: Path, config: Config) -> None:
             )
 
 
-def digests(config: Config) -> dict[str, str]:
+def digests(config: Config, keys: Sequence[str] = INPUTS) -> dict[str, str]:
     """ "KEY PATH" -> SHA-256 of the names and contents, for each input that is a file or directory
     here. One that is gone may be: who needs it will say so."""
     found = {}
-    for key in INPUTS:
+    for key in keys:
         value = to_dict(config)
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -165,11 +176,16 @@ def lock(run_dir: Path, path: Path) -> Iterator[None]:
         yield
 
 
-def export_checkpoint(run_dir: Path, out: Path, *, step: int | None = None) -> int:
+def export_checkpoint(
+    run_dir: Path, out: Path, *, step: int | None = None, adapter: bool = False
+) -> int:
     """Writes the model of a checkpoint as a Hugging Face directory; returns the checkpoint's step.
 
+    Args:
+      adapter: write the adapters of a LoRA run as a directory of PEFT; else they are merged.
     Raises:
-      UserError: if there is no such run or checkpoint, it is damaged, or `out` exists.
+      UserError: if there is no such run or checkpoint, it is damaged, or `out` exists; for adapters
+        also if the run trained none, or their base is not what it was.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -180,9 +196,11 @@ def export_checkpoint(run_dir: Path, out: Path, *, step: int | None = None) -> i
     if (phase := tree.values.get("phase")) not in PHASES:
         raise UserError(f"{path}: phase {phase!r} has no checkpoints; expected a run of a model")
     config = build(PHASES[phase][0], tree)
+    if config.model.lora is not None:
+        check_inputs(run_dir, config, ("model.path",))
     policy = Policy(config, make_mesh(config.mesh))
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=config.loop.keep, read_only=True)
     with contextlib.closing(checkpoints):
         step, params = checkpoints.restore_params(policy.init(jax.random.PRNGKey(0)), step)
-    policy.export(params, out)
+    (policy.export_adapter if adapter else policy.export)(params, out)
     return step

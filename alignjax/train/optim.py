@@ -89,6 +89,7 @@ def _is_matrix(params: Params) -> Params:
 
     def decide(path: tuple, leaf: jax.Array) -> bool:
         names = [str(getattr(part, "key", part)) for part in path]
-        return leaf.ndim >= 2 and not any("norm" in name or "bias" in name for name in names)
+        vectors = "norm", "bias", "magnitude"
+        return leaf.ndim >= 2 and not any(v in name for v in vectors for name in names)
 
     return jax.tree_util.tree_map_with_path(decide, params)

@@ -14,12 +14,14 @@ from alignjax.core.types import Params
 class TrainState(NamedTuple):
     """What a checkpoint holds, beside the position in the data.
 
-    Frozen things (a reference that never moves, a reward model) are inputs of a phase and not here.
+    Frozen things (a reference that never moves, a reward model, the base under LoRA) are inputs of
+    a phase and not here.
     """
 
     step: Array
     """[] int32; iterations completed: one collection of data and the updates on it."""
     params: Params
+    """What is trained: under LoRA the adapters alone."""
     opt_state: optax.OptState
     key: Array
     """PRNG key of the run. It is never consumed: names and `step` are folded into it."""

@@ -10,6 +10,7 @@ from jax import Array
 
 from alignjax.core.keys import named_key
 from alignjax.core.types import Maximum, Minimum, Params, Weighted
+from alignjax.models.lora import combine
 from alignjax.train.optim import Optimizer
 from alignjax.train.rounding import apply_updates
 from alignjax.train.state import TrainState
@@ -69,7 +70,7 @@ def accumulate(function: Callable[[Batch], Any], batch: Batch) -> Any:
 
 
 def make_step(
-    loss_fn: LossFn, optimizer: Optimizer
+    loss_fn: LossFn, optimizer: Optimizer, frozen: Params | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """One update on the global batch; the state is donated.
 
@@ -78,14 +79,21 @@ def make_step(
     not finite, or whose batch has no targets, leaves params and optimizer as they were and is
     counted in `num_skipped_updates`.
 
+    Args:
+      frozen: parameters that `loss_fn` gets besides those of the state, and that have no gradient
+        and no optimizer state, such as the base under LoRA. An input of the compiled step, which is
+        neither copied nor donated.
     Returns:
       A jitted function (state, batch) -> (state, metrics); `state.step` is the loop's to advance.
       The state comes back in the shardings in which it came first.
     """
 
-    def one(params: Params, micro_batch: Batch) -> tuple[Weighted, Metrics, Params]:
+    def one(
+        params: Params, frozen: Params | None, micro_batch: Batch
+    ) -> tuple[Weighted, Metrics, Params]:
         def total(params: Params) -> tuple[Array, tuple[Array, Metrics]]:
-            loss, metrics = loss_fn(params, micro_batch)
+            whole = params if frozen is None else combine(frozen, params)
+            loss, metrics = loss_fn(whole, micro_batch)
             return loss.total, (jax.lax.stop_gradient(loss.weight), metrics)
 
         (value, (weight, metrics)), grads = jax.value_and_grad(total, has_aux=True)(params)
@@ -93,8 +101,10 @@ def make_step(
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return Weighted(value, weight), metrics, grads
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        loss, metrics, grads = accumulate(lambda mb: one(state.params, mb), batch)
+    def step(
+        state: TrainState, frozen: Params | None, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        loss, metrics, grads = accumulate(lambda mb: one(state.params, frozen, mb), batch)
         scale = jnp.where(loss.weight > 0, 1 / jnp.maximum(loss.weight, 1e-30), 0.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         grad_norm = optax.tree.norm(grads)
@@ -127,7 +137,7 @@ def make_step(
             # reads it once more.
             kept = jax.tree.map(lambda x: x.sharding, state)
             compiled = jax.jit(step, donate_argnums=0, out_shardings=(kept, None))
-        return compiled(state, batch)
+        return compiled(state, frozen, batch)
 
     return call
 
