@@ -51,6 +51,7 @@ def test_ids_of_special_tokens_are_in_the_configs(trained, tmp_path):
         (["{root}", "out"], "no config.yaml; expected the directory of a run"),
         (["{root}/grpo", "."], ". exists already; choose another directory or delete it"),
         (["{root}/grpo", "out", "--step", "3"], "no checkpoint of step 3; there are 2, 4"),
+        (["{root}/grpo", "out", "--adapter"], "(no model.lora), so there is no adapter: export th"),
         (["{root}/world", "out"], "config.yaml: phase 'files' has no checkpoints"),
     ],
 )  # fmt: skip

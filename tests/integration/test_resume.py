@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
+from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes import chains
 from alignjax.train.metrics import TIMINGS
 
@@ -40,6 +41,10 @@ COMMON = {
         "best_metric": "eval/loss",
     },
 }  # fmt: skip
+LORA = {
+    "model": {"path": "base", "lora": {"rank": 4, "dropout": 0.2, "dora": True}, "quantize": "nf4"},
+    "optimizer": {"learning_rate": 3e-2},
+}
 CONFIGS = {
     "sft": COMMON | {
         "phase": "sft",
@@ -72,6 +77,9 @@ CONFIGS = {
 }  # fmt: skip
 
 
+CONFIGS["lora"] = CONFIGS["sft"] | LORA
+
+
 class Place:
     """A directory with data and config, and the run in it."""
 
@@ -79,6 +87,8 @@ class Place:
         self.folder, self.run = folder, folder / "runs" / "run"
         chains.write(folder, seed=0, num_questions=60, num_drills=10, num_train=40, num_test=8,
                      num_ops=(1, 2, 3))  # fmt: skip
+        model = Model(ModelConfig(vocab_size=23, **MODEL))
+        save(folder / "base", model, model.init(jax.random.key(0)))
         (folder / "rewards.py").write_text(REWARD)
         (folder / "config.yaml").write_text(yaml.safe_dump(CONFIGS[phase]))
 
@@ -203,6 +213,10 @@ def test_what_the_runs_do_is_worth_resuming(uninterrupted):
     losses = [x["eval/loss"] for x in sft["metrics"] if "eval/loss" in x]
     assert [x["step"] for x in sft["metrics"]] == list(range(15))
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.2
+    _, lora = uninterrupted("lora")
+    losses = [x["eval/loss"] for x in lora["metrics"] if "eval/loss" in x]
+    assert len(losses) == 5 and losses[-1] < losses[0] - 0.1
+    assert all("'lora'" in name for name in lora["state"] if "params" in name)
     assert any("reference" in name for name in uninterrupted("grpo")[1]["state"])
     grpo = uninterrupted("grpo")[1]["metrics"]
     assert len({x["kl"] for x in grpo[1:]}) == 10 and len({x["reward"] for x in grpo[1:]}) > 5
@@ -210,7 +224,7 @@ def test_what_the_runs_do_is_worth_resuming(uninterrupted):
     assert all(x["sampling/sampling_logp_difference/max"] < 1e-5 for x in grpo[1:])
 
 
-@pytest.mark.parametrize("phase", ["sft", "grpo"])
+@pytest.mark.parametrize("phase", ["sft", "lora", "grpo"])
 def test_killed_at_random_and_during_a_save(tmp_path, uninterrupted, phase):
     place = Place(tmp_path, phase)
     kill_while(place, place.is_saving, after=4)
@@ -221,7 +235,7 @@ def test_killed_at_random_and_during_a_save(tmp_path, uninterrupted, phase):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("phase", ["sft", "grpo"])
+@pytest.mark.parametrize("phase", ["sft", "lora", "grpo"])
 def test_killed_again_and_again(tmp_path, uninterrupted, phase, seed):
     place = Place(tmp_path, phase)
     kill_while(place, place.is_saving)
