@@ -12,7 +12,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from alignjax.core.errors import UserError
-from alignjax.models import families
+from alignjax.models.config import Family
+from alignjax.models.tensors import TENSORS
 from alignjax.models.transformer import Model
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def save(path: str | os.PathLike[str], model: Model, adapters: Params, *, base: 
     tensors: dict[str, np.ndarray] = {}
     targets = set()
     for name, arrays in projections(adapters).items():
-        module = module_name(name)
+        module = module_name(model.config.family, name)
         targets.add(module.partition("{layer}.")[2])
         for part, stacked in arrays.items():
             for layer, array in enumerate(_matrices(part, np.asarray(jax.device_get(stacked)))):
@@ -60,7 +61,7 @@ def save(path: str | os.PathLike[str], model: Model, adapters: Params, *, base: 
         "use_dora": model.lora.dora,
         "target_modules": sorted(targets),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": model.config.family == "gpt2",  # whose kernels are [in, out]
         "inference_mode": True,
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -75,15 +76,15 @@ def projections(adapters: Params) -> dict[str, dict[str, Any]]:
     return found
 
 
-def module_name(projection: str) -> str:
+def module_name(family: Family, projection: str) -> str:
     """attention.query -> model.layers.{layer}.self_attn.q_proj, by the names of the kernel.
 
     Raises:
       UserError: if there is no module of transformers that is this projection and nothing else.
     """
     path = ("layers", *projection.split("."), "kernel")
-    for name, tensor in families.TENSORS.items():
-        if tensor.path == path and name.endswith(".weight"):
+    for name, tensor in TENSORS[family].items():
+        if tensor.paths == (path,):
             return name.removesuffix(".weight")
     raise UserError(
         f"the projection {projection} is not a module of its own in transformers, so that PEFT has "

@@ -59,11 +59,39 @@ def test_peft_computes_the_same(tmp_path, kind):
     assert (config.r, config.lora_dropout) == (KINDS[kind].rank, KINDS[kind].dropout)
 
 
-def test_a_projection_that_is_part_of_another_tensor(monkeypatch):
-    names = {n: t for n, t in peft.families.TENSORS.items() if "q_proj" not in n}
-    monkeypatch.setattr(peft.families, "TENSORS", names)
-    with pytest.raises(UserError, match=r"attention\.query is not a module .* without --adapter"):
-        peft.module_name("attention.query")
+@pytest.mark.parametrize("family", ["phi3", "gpt2"])
+def test_a_projection_that_is_part_of_another_tensor(tmp_path, family):
+    config = ModelConfig(family=family, vocab_size=19, hidden_size=32, num_heads=4)
+    model = Model(config, lora=LoraConfig(rank=2))
+    adapters, _ = lora.split(model.init(jax.random.key(0)))
+    with pytest.raises(UserError, match=r"attention\.key is not a module .* without --adapter"):
+        peft.save(tmp_path, model, adapters, base="base")
+
+
+def test_gpt2s_kernels_lie_the_other_way(tmp_path):
+    """transformers keeps them [in, out], which PEFT must be told."""
+    library = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = ModelConfig(family="gpt2", vocab_size=19, hidden_size=32, num_heads=4)
+    model = Model(config, lora=LoraConfig(rank=2, targets=("mlp.*", "attention.out")))
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(
+        lambda x: x + draw(size=x.shape, scale=0.2).astype(np.float32),
+        model.init(jax.random.key(0)),
+    )
+    adapters, base = lora.split(params)
+    save(tmp_path / "base", Model(config), base)
+    (tmp_path / "adapter").mkdir()
+    peft.save(tmp_path / "adapter", model, adapters, base=str(tmp_path / "base"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = library.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    tokens = np.random.default_rng(1).integers(0, 19, (2, 9)).astype(np.int32)
+    batch = tokens, np.ones_like(tokens), np.tile(np.arange(9, dtype=np.int32), (2, 1))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens).long()).logits.numpy()
+    found = model.logits(params, model.apply(params, *batch)[0])
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_config_is_json(tmp_path):
