@@ -233,6 +233,28 @@ def score_tokens(
         batch["positions"],
         dropout_key=dropout_key,
     )
+    return score_hidden(
+        model,
+        params,
+        hidden,
+        batch,
+        num_shards=num_shards,
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+
+
+def score_hidden(
+    model: Model,
+    params: Params,
+    hidden: Array,
+    batch: Batch,
+    *,
+    num_shards: int = 1,
+    temperature: float = 1.0,
+    with_entropy: bool = True,
+) -> TokenLogps:
+    """As `score_tokens`, from the hidden states [R, T, D] of the rows."""
     return next_token_logps(
         hidden,
         model.unembedding(params),

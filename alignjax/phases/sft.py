@@ -1,5 +1,6 @@
 """Supervised fine-tuning and pretraining: the cross-entropy of completions or documents."""
 
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +22,10 @@ from alignjax.data import (
     token_rows,
     training_source,
 )
-from alignjax.losses import cross_entropy, token_mean
+from alignjax.losses import TokenLogps, cross_entropy, token_mean
 from alignjax.models import Model
-from alignjax.phases.common import PhaseConfig, Policy, rows_per_process, score_tokens
+from alignjax.models.moe import load_balancing_loss
+from alignjax.phases.common import PhaseConfig, Policy, rows_per_process, score_hidden, score_tokens
 from alignjax.sharding import batch_shards, put_batch
 from alignjax.text import HFTokenizer
 from alignjax.train.loop import Collected, Evaluated
@@ -85,10 +87,34 @@ def sft_loss(
 
     Where the batch has a `dropout_seed`, adapters leave out some of their inputs.
     """
-    seed = batch.get("dropout_seed")
-    key = None if seed is None else jax.random.key(seed)
+    key = _dropout_key(batch)
     out = score_tokens(model, params, batch, num_shards=num_shards, dropout_key=key)
-    mask = batch["mask"]
+    return _cross_entropy(out, batch["mask"])
+
+
+def balanced_sft_loss(
+    model: Model, params: Params, batch: Batch, *, num_shards: int = 1
+) -> tuple[Weighted, Metrics]:
+    """As `sft_loss`, plus `router_aux_coef` times the loss that balances a model's experts.
+
+    That one is of a micro-batch: like any product of two means it is not split into rows.
+    """
+    hidden, sums = model.apply_with_routing(
+        params, batch["tokens"], batch["segment_ids"], batch["positions"], _dropout_key(batch)
+    )
+    out = score_hidden(model, params, hidden, batch, num_shards=num_shards)
+    loss, metrics = _cross_entropy(out, batch["mask"])
+    balance = Weighted(load_balancing_loss(sums) * loss.weight, loss.weight)
+    total = loss.total + model.config.router_aux_coef * balance.total
+    return Weighted(total, loss.weight), {**metrics, "aux_loss": balance}
+
+
+def _dropout_key(batch: Batch) -> Array | None:
+    seed = batch.get("dropout_seed")
+    return None if seed is None else jax.random.key(seed)
+
+
+def _cross_entropy(out: TokenLogps, mask: Array) -> tuple[Weighted, Metrics]:
     loss = token_mean(cross_entropy(out.logps, mask), mask)
     assert out.entropies is not None
     return loss, {
@@ -112,11 +138,14 @@ class Sft:
         self._eval = None if held_out is None else training_source(held_out, text)
         self._optimizer = make_optimizer(config.optimizer, config.loop.steps)
 
-        def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
-            return sft_loss(model, params, batch, num_shards=batch_shards(mesh))
-
-        self._step = make_step(loss, self._optimizer, self._policy.frozen)
-        self._evaluate = make_evaluate(loss)
+        num_shards = batch_shards(mesh)
+        trained = balanced_sft_loss if model.config.num_experts else sft_loss
+        self._step = make_step(
+            functools.partial(trained, model, num_shards=num_shards),
+            self._optimizer,
+            self._policy.frozen,
+        )
+        self._evaluate = make_evaluate(functools.partial(sft_loss, model, num_shards=num_shards))
 
     def _rows(self, source: Source, **order: Any) -> RecordIterator[dict[str, np.ndarray]]:
         return sft_rows(

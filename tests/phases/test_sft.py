@@ -241,3 +241,35 @@ def test_bfloat16_parameters_learn_and_are_saved_as_they_are(world, tmp_path):
     assert jax.tree.map(lambda x: x.dtype, read) == jax.tree.map(lambda x: x.dtype, state.params)
     jax.tree.map(np.testing.assert_array_equal, read, state.params)
     assert again._policy.model.compute_dtype == "float32", "on a CPU"
+
+
+def test_experts_are_balanced_in_training_and_left_out_of_the_evaluation(world):
+    """loss = cross-entropy + coefficient * balance, each as the model itself gives them."""
+    shape = {
+        "family": "qwen3_moe", "hidden_size": 16, "num_layers": 2, "num_heads": 2,
+        "num_kv_heads": 2, "intermediate_size": 8, "num_experts": 4, "router_aux_coef": 0.5,
+        "rope_theta": 100.0, "max_position_embeddings": 64, "initializer_range": 0.2,
+    }  # fmt: skip
+    phase = make(world, model={"init": shape})
+    state = phase.init(jax.random.PRNGKey(0))
+    state, collected = phase.collect(state, phase.records())
+    batch = {name: array[0] for name, array in collected.batches[0].items()}
+    model = phase._policy.model
+    _, sums = jax.jit(model.apply_with_routing)(
+        state.params, batch["tokens"], batch["segment_ids"], batch["positions"]
+    )
+    is_real = np.asarray(batch["segment_ids"]) > 0
+    assert sums.count == 2 * is_real.sum()
+    balance = 4 * float(jnp.sum(sums.chosen * sums.probability)) / float(sums.count) ** 2
+    plain = common.score_tokens(model, state.params, batch).logps
+    mask = np.asarray(batch["mask"])
+    cross_entropy = -float(jnp.sum(plain)) / mask.sum()
+    before = phase.evaluate(state).metrics["eval/loss"]
+    state, metrics = phase.step(state, collected.batches[0])
+    assert metrics["aux_loss"] == pytest.approx(balance, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(cross_entropy + 0.5 * balance, rel=1e-5)
+    assert before < metrics["loss"]
+    for _ in range(30):
+        state, metrics = phase.step(state, collected.batches[0])
+    assert metrics["aux_loss"] < balance
+    assert phase.evaluate(state).metrics["eval/loss"] < before
