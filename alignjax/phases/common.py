@@ -153,10 +153,13 @@ class Policy:
 
         return init_sharded(init, key, shardings(axes, self._mesh))
 
-    def export(self, params: Params, path: Path) -> None:
+    def export(self, params: Params, path: Path, **files: Any) -> None:
         """Writes a Hugging Face directory with the tokenizer; it appears whole or not at all.
 
         Adapters are merged into the weights.
+
+        Args:
+          files: `dtype` and `max_shard_bytes`, as of `models.save`.
         """
         model = lora.plain(self.model)
         if self.frozen is not None:
@@ -167,7 +170,7 @@ class Policy:
             "pad_token_id": self.tokenizer.pad_id,
         }
         with _appearing(path) as temporary:
-            save(temporary, model, params, extra_config=extra)
+            save(temporary, model, params, extra_config=extra, **files)
             self.tokenizer.save(str(temporary))
 
     def export_adapter(self, params: Params, path: Path) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -177,12 +178,14 @@ def lock(run_dir: Path, path: Path) -> Iterator[None]:
 
 
 def export_checkpoint(
-    run_dir: Path, out: Path, *, step: int | None = None, adapter: bool = False
+    run_dir: Path, out: Path, *, step: int | None = None, adapter: bool = False, **files: Any
 ) -> int:
     """Writes the model of a checkpoint as a Hugging Face directory; returns the checkpoint's step.
 
     Args:
+      step: the last one if not given.
       adapter: write the adapters of a LoRA run as a directory of PEFT; else they are merged.
+      files: `dtype` and `max_shard_bytes` of a whole model, as of `models.save`.
     Raises:
       UserError: if there is no such run or checkpoint, it is damaged, or `out` exists; for adapters
         also if the run trained none, or their base is not what it was.
@@ -202,5 +205,8 @@ def export_checkpoint(
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=config.loop.keep, read_only=True)
     with contextlib.closing(checkpoints):
         step, params = checkpoints.restore_params(policy.init(jax.random.PRNGKey(0)), step)
-    (policy.export_adapter if adapter else policy.export)(params, out)
+    if adapter:
+        policy.export_adapter(params, out)
+    else:
+        policy.export(params, out, **files)
     return step

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from alignjax.cli.export import _size
 from alignjax.cli.main import main
 
 
@@ -61,3 +62,18 @@ def test_faults(trained, tmp_path, capsys, monkeypatch, words, message):
     out, err = capsys.readouterr()
     assert err.startswith("alignjax: ") and message in err and err.count("\n") == 1
     assert out == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("500mb", 500 * 10**6), ("1.5KB", 1500)]
+)
+def test_sizes(text, size):
+    assert _size(text) == size
+
+
+@pytest.mark.parametrize("text", ["5", "GB", "0GB", "-1GB", "5 TB", "1e3KB", "."])
+def test_what_is_no_size(trained, tmp_path, capsys, text):
+    words = ["export", str(trained.root / "grpo"), str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main([*words, f"--max-shard-size={text}"])
+    assert f"{text!r}: expected a size such as 500MB or 5GB" in capsys.readouterr().err

@@ -1,10 +1,13 @@
 """Models trained here are models of transformers, and the other way round: logits, text, ids."""
 
+import contextlib
 import json
+import logging
 import os
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -89,10 +92,28 @@ def theirs(home):
     return train(home, config(home, "continued", {"path": str(home / "theirs")}))
 
 
+@contextlib.contextmanager
+def silence():
+    """Fails if anything warns, by `warnings` or by logging."""
+    said = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(), logging.getLogger("transformers")]  # which does not propagate
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert not said
+
+
 def load_theirs(folder):
     """By transformers' Auto classes, which must find nothing to complain about."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silence():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
@@ -182,6 +203,48 @@ def test_export_gives_the_same_model(ours, tmp_path):
     with torch.no_grad():
         a, b, c = (m(ids).logits for m in (model, last, third))
     assert torch.equal(a, b) and (a - c).abs().max() > 1e-2
+
+
+def test_export_in_bfloat16_and_in_shards(ours, tmp_path):
+    """Half the bytes, each weight rounded once; transformers finds type and shards."""
+    run, out = ours["toy"], tmp_path / "out"
+    words = ["export", str(run), str(out), "--dtype", "bfloat16", "--max-shard-size", "20KB"]
+    assert main(words) == 0
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
+    assert (out / "model.safetensors.index.json").is_file()
+    with silence():
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            out, output_loading_info=True
+        )
+    assert not any(info.values()), info
+    assert model.dtype == torch.bfloat16
+    _, whole = load_theirs(run / "model")
+    theirs = model.state_dict()
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(theirs[name], weight.to(torch.bfloat16)), name
+
+
+def test_a_published_tokenizer_and_its_template_survive(ours, real_data, tmp_path):
+    """Qwen3's: 151,669 ids, a chat template with tools and thinking."""
+    from alignjax.models import Model, ModelConfig, save
+
+    published = real_data / "tokenizers/qwen3"
+    mine = load_tokenizer(published)
+    shape = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "num_layers": 1}
+    model = Model(ModelConfig(family="qwen3", vocab_size=mine.vocab_size, **shape))
+    ids = {"bos_token_id": mine.bos_id, "eos_token_id": mine.eos_id, "pad_token_id": mine.pad_id}
+    save(tmp_path, model, model.init(jax.random.key(0)), extra_config=ids)
+    mine.save(str(tmp_path))
+    tokenizer, theirs = load_theirs(tmp_path)
+    with silence():
+        original = transformers.AutoTokenizer.from_pretrained(published)
+    for name in ids:
+        assert getattr(tokenizer, name) == getattr(original, name), name
+        assert getattr(theirs.generation_config, name) == ids[name]
+    chat = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    for options in ({"tokenize": False}, {"add_generation_prompt": True, "enable_thinking": False}):
+        found = tokenizer.apply_chat_template(chat, **options)
+        assert found == original.apply_chat_template(chat, **options)
 
 
 def test_our_directory_goes_through_save_pretrained_and_back(ours, tmp_path):
