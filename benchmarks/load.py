@@ -121,8 +121,8 @@ def main() -> None:
     for one in loads:
         print(
             f"{one['param_dtype']}: {one['seconds']} s, parameters {one['params_gb']} GB, "
-            f"peak {one['peak_anonymous_gb']} GB (before: {one['anonymous_before_gb']}), with pages "
-            f"of the files {one['peak_gb']} GB"
+            f"peak {one['peak_anonymous_gb']} GB (before: {one['anonymous_before_gb']}), "
+            f"with pages of the files {one['peak_gb']} GB"
         )
     record.write(args.out, result)
 
