@@ -93,7 +93,8 @@ def test_every_name_that_a_run_logs_is_explained(logged):
 
 
 def test_every_name_that_is_explained_is_logged(logged):
-    assert set(documented()) <= {generic(name) for name in logged["sft"] | logged["grpo"]}
+    found = {generic(name) for name in logged["sft"] | logged["grpo"]}
+    assert set(documented()) - found == {"aux_loss"}  # of models with experts: see test_sft.py
 
 
 def test_the_fields_of_samples_are_named(logged):
