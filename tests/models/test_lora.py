@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from alignjax.core.errors import UserError
-from alignjax.models import Model, ModelConfig, lora
+from alignjax.models import Model, ModelConfig, lora, transformer
 from alignjax.models.layers import Linear
 from alignjax.models.lora import Adapter, LoraConfig
 from alignjax.sharding import MeshConfig, make_mesh, put_batch, shardings
@@ -224,9 +224,21 @@ def test_dropout_of_the_model():
     np.testing.assert_array_equal(logits(model, params), without)
     layer = model._layer.build(nnx.Rngs(0))
     lora.set_dropout(layer, jax.random.key(0))
-    keys = {tuple(jax.random.key_data(x.lora.dropout_key).tolist())
-            for x in lora.linears(layer).values()}  # fmt: skip
-    assert len(keys) == 7
+    keys = [x.lora.dropout_key for x in lora.linears(layer).values()]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 7
+
+
+def test_each_layer_drops_other_inputs(monkeypatch):
+    model, base, adapters = make(dropout=0.5)
+    seen = []
+
+    def spy(layer, key):
+        jax.debug.callback(lambda data: seen.append(tuple(data.tolist())), jax.random.key_data(key))
+
+    monkeypatch.setattr(transformer, "set_dropout", spy)
+    forward(model, lora.combine(base, adapters), dropout_key=jax.random.key(1))
+    jax.effects_barrier()
+    assert len(seen) == len(set(seen)) == 2
 
 
 def test_targets():

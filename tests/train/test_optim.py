@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from alignjax.models import Model, ModelConfig
+from alignjax.models.lora import LoraConfig
 from alignjax.train.optim import OptimizerConfig, make_optimizer
 
 
@@ -50,7 +51,8 @@ def test_only_matrices_decay_even_where_layers_are_stacked():
         family="qwen3", vocab_size=11, hidden_size=16, num_layers=2, num_heads=2, head_dim=8,
         attention_bias=True, tie_embeddings=False,
     )  # fmt: skip
-    shapes = jax.eval_shape(Model(config).init, jax.random.PRNGKey(0))
+    model = Model(config, lora=LoraConfig(dora=True, targets=("mlp.up",)))
+    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0))
     params = jax.tree.map(lambda x: np.full(x.shape, 2.0, np.float32), shapes)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 1)
 
@@ -68,11 +70,13 @@ def test_only_matrices_decay_even_where_layers_are_stacked():
     assert decayed == [
         "embedding", "layers.attention.key.kernel", "layers.attention.out.kernel",
         "layers.attention.query.kernel", "layers.attention.value.kernel",
-        "layers.mlp.down.kernel", "layers.mlp.gate.kernel", "layers.mlp.up.kernel", "unembedding",
+        "layers.mlp.down.kernel", "layers.mlp.gate.kernel", "layers.mlp.up.kernel",
+        "layers.mlp.up.lora.a", "layers.mlp.up.lora.b", "unembedding",
     ]  # fmt: skip
     assert kept == [
         "layers.attention.key.bias", "layers.attention.key_norm.scale",
         "layers.attention.out.bias", "layers.attention.query.bias",
         "layers.attention.query_norm.scale", "layers.attention.value.bias",
-        "layers.attention_norm.scale", "layers.mlp_norm.scale", "norm.scale",
+        "layers.attention_norm.scale", "layers.mlp.up.lora.magnitude", "layers.mlp_norm.scale",
+        "norm.scale",
     ]  # fmt: skip
