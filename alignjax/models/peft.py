@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from alignjax.core.errors import UserError
 from alignjax.models.config import Family
+from alignjax.models.lora import split
 from alignjax.models.tensors import TENSORS
 from alignjax.models.transformer import Model
 
@@ -23,6 +25,13 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 """Our parameters of an adapter -> what PEFT calls them."""
+FIELDS = {
+    "r": ("rank", 8),
+    "lora_alpha": ("alpha", 8),
+    "use_rslora": ("rslora", False),
+    "use_dora": ("dora", False),
+}
+"""Theirs -> ours, and what absence means there."""
 
 
 def save(path: str | os.PathLike[str], model: Model, adapters: Params, *, base: str) -> None:
@@ -54,17 +63,77 @@ def save(path: str | os.PathLike[str], model: Model, adapters: Params, *, base: 
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": model.lora.rank,
-        "lora_alpha": model.lora.alpha,
+        **{theirs: getattr(model.lora, ours) for theirs, (ours, _) in FIELDS.items()},
         "lora_dropout": model.lora.dropout,
-        "use_rslora": model.lora.rslora,
-        "use_dora": model.lora.dora,
         "target_modules": sorted(targets),
         "bias": "none",
         "fan_in_fan_out": model.config.family == "gpt2",  # whose kernels are [in, out]
         "inference_mode": True,
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load(path: str | os.PathLike[str], model: Model) -> dict[str, Any]:
+    """Reads adapters for a model with `lora`, as `save` and PEFT write them: arrays on the host.
+
+    Raises:
+      UserError: if a file is missing or no such file, if it says otherwise than `model.lora`, or
+        if a tensor is missing, extra or misshapen; it names which.
+    """
+    assert model.lora is not None
+    directory = Path(path)
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(directory / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{directory}: not an adapter of PEFT: {error}") from error
+    for name, (field, absent) in FIELDS.items():
+        found, ours = config.get(name, absent), getattr(model.lora, field)
+        if found != ours:
+            raise UserError(
+                f"{directory / CONFIG}: {name}={found!r}, but lora.{field}={ours!r}: make them one"
+            )
+    for name in ("rank_pattern", "alpha_pattern"):
+        if config.get(name):
+            raise UserError(
+                f"{directory / CONFIG}: {name}={config[name]!r} is not supported; all projections "
+                "have one rank and alpha here"
+            )
+    shapes, _ = split(jax.eval_shape(model.init, jax.random.key(0)))
+    stacked = {}
+    for name, arrays in projections(shapes).items():
+        for part, shape in arrays.items():
+            key = f"{PREFIX}{module_name(model.config.family, name)}.{PARTS[part]}"
+            layers = [
+                _take(tensors, key.format(layer=layer), directory, expected)
+                for layer, expected in enumerate(_matrices(part, np.empty(shape.shape)))
+            ]
+            turned = np.stack(layers) if part == "magnitude" else np.stack(layers).swapaxes(1, 2)
+            stacked[name, part] = turned.reshape(shape.shape)
+    if tensors:
+        raise UserError(
+            f"{directory / WEIGHTS}: tensor {min(tensors)!r} belongs to no projection of "
+            f"lora.targets={list(model.lora.targets)}"
+        )
+    leaves, structure = jax.tree.flatten_with_path(shapes)
+    names = ([key.key for key in key_path] for key_path, _ in leaves)
+    return jax.tree.unflatten(structure, [stacked[".".join(n[1:-2]), n[-1]] for n in names])
+
+
+def _take(
+    tensors: dict[str, np.ndarray], key: str, directory: Path, expected: np.ndarray
+) -> np.ndarray:
+    if key not in tensors:
+        raise UserError(
+            f"{directory / WEIGHTS}: tensor {key!r} is missing; lora.targets implies it"
+        )
+    array = tensors.pop(key)
+    if array.shape != expected.shape:
+        raise UserError(
+            f"{directory / WEIGHTS}: tensor {key!r} has shape {array.shape}; the model implies "
+            f"{expected.shape}"
+        )
+    return np.asarray(array, np.float32)
 
 
 def projections(adapters: Params) -> dict[str, dict[str, Any]]:

@@ -51,6 +51,9 @@ class ModelSource(Config):
     """Recompute layers in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None
     """Train adapters beside the weights of path, which stay as they are."""
+    adapter: str | None = None
+    """A directory of PEFT with the adapters to start from, instead of new ones. The reference of
+    RL is nevertheless path alone: export it merged and name that as path to stay near both."""
     quantize: Literal["int8", "nf4"] | None = None
     """Hold the frozen kernels of the layers in 8 or 4 bits (QLoRA); needs lora."""
 
@@ -60,6 +63,11 @@ class ModelSource(Config):
             raise ValueError("give either path (a directory) or init (a shape to start from)")
         if self.lora is not None and self.path is None:
             raise ValueError("lora adapts a model that is there: give path instead of init")
+        if self.adapter is not None and self.lora is None:
+            raise ValueError(
+                f"adapter={self.adapter!r} is read with lora, which says its rank, alpha and "
+                "targets: give lora as well"
+            )
         if self.quantize is not None and self.lora is None:
             raise ValueError(
                 f"quantize={self.quantize!r} is for weights that do not train: give lora as well, "
@@ -137,7 +145,7 @@ class Policy:
 
     def init(self, key: Array) -> Params:
         """The weights to start from: those of the directory, or random ones, in their shardings;
-        under LoRA new adapters.
+        under LoRA new adapters, or those of a directory.
 
         A fresh copy each time: the training step donates what it is given.
         """
@@ -145,6 +153,9 @@ class Policy:
             return copied(self._loaded)
         if self.frozen is not None:
             axes, _ = lora.split(self.model.logical_axes())
+            if self._source.adapter is not None:
+                adapters = peft.load(self._source.adapter, self.model)
+                return jax.device_put(adapters, shardings(axes, self._mesh, adapters))
             return self._sharded(lora.init, axes, self.frozen, key)
         axes, dtype = self.model.logical_axes(), self._source.param_dtype
 

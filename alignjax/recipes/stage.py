@@ -26,7 +26,7 @@ from alignjax.train.loop import train
 from alignjax.train.metrics import read_metrics, replace_file
 from alignjax.train.progress import Progress
 
-INPUTS = ("model.path", "tokenizer", "data.train", "data.eval", "sources")
+INPUTS = ("model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "sources")
 """Keys of configs whose values are files or directories that a run reads."""
 
 

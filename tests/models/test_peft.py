@@ -38,6 +38,55 @@ def write(folder, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_read_as_written(tmp_path, kind):
+    model, _, adapters = write(tmp_path, kind)
+    jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path / "adapter", model), adapters)
+
+
+def test_an_adapter_that_peft_made(tmp_path):
+    """Its own defaults in its own files, on two projections."""
+    library = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    base = Model(CONFIG).init(jax.random.key(0))
+    save(tmp_path / "base", Model(CONFIG), base)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = library.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
+    adapted = library.get_peft_model(theirs, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    kind = LoraConfig(rank=3, alpha=5, targets=("attention.query", "mlp.down"))
+    model = Model(CONFIG, lora=kind)
+    params = lora.combine(base, peft.load(tmp_path / "adapter", model))
+    tokens = np.random.default_rng(1).integers(0, 19, (2, 9)).astype(np.int32)
+    batch = tokens, np.ones_like(tokens), np.tile(np.arange(9, dtype=np.int32), (2, 1))
+    found = jax.jit(lambda p: model.logits(p, model.apply(p, *batch)[0]))(params)
+    with torch.no_grad():
+        expected = adapted(torch.tensor(tokens).long()).logits.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 4}, r"adapter_config.json: r=2, but lora.rank=4: make them one"),
+        ({"rslora": True}, r"use_rslora=False, but lora.rslora=True"),
+        ({"targets": ("mlp.*",)}, r"'base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight' "
+         "is missing"),
+        ({"targets": ("mlp.down",)}, r"self_attn.o_proj.lora_A.weight' belongs to no projection"),
+    ],
+)  # fmt: skip
+def test_adapters_that_do_not_fit(tmp_path, changes, message):
+    write(tmp_path, "some")
+    model = Model(CONFIG, lora=KINDS["some"].model_copy(update=changes))
+    with pytest.raises(UserError, match=message):
+        peft.load(tmp_path / "adapter", model)
+    with pytest.raises(UserError, match=r"base: not an adapter of PEFT: .*adapter_config.json"):
+        peft.load(tmp_path / "base", model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_peft_computes_the_same(tmp_path, kind):
     library = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")

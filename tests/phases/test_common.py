@@ -344,6 +344,15 @@ def test_export_of_a_checkpoint(world, finished, tmp_path):
     assert config["base_model_name_or_path"] == str(world / "base")
 
 
+def test_a_run_begins_with_the_adapters_of_a_directory(world, finished, tmp_path):
+    run_dir, _ = finished
+    export_checkpoint(run_dir, tmp_path / "adapter", adapter=True)
+    again = make_sft(world, (2, 2, 2), model={"adapter": str(tmp_path / "adapter")})
+    state = again.init(jax.random.PRNGKey(0))
+    _, adapters = adapters_of(run_dir, make_sft(world).init(jax.random.PRNGKey(0)).params)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), adapters)
+
+
 def test_export_on_another_base_is_refused(world, finished, tmp_path):
     run_dir, _ = finished
     file = Path(world / "base/generation_config.json")
@@ -366,6 +375,7 @@ def test_export_on_another_base_is_refused(world, finished, tmp_path):
     [
         ({"init": {"hidden_size": 8}, "lora": LORA}, "lora adapts a model that is there: give pa"),
         ({"path": "x", "quantize": "nf4"}, "quantize='nf4' is for weights that do not train: giv"),
+        ({"path": "x", "adapter": "y"}, "adapter='y' is read with lora, which says its rank"),
         ({"path": "x", "lora": {"rank": 0}}, "greater than or equal to 1"),
     ],
 )
