@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from alignjax.core.errors import UserError
 from alignjax.models import Model, ModelConfig, load, save
+from alignjax.models.config import FAMILIES
 from alignjax.models.stored import Stored
 from alignjax.sharding import MeshConfig, make_mesh
 
@@ -184,3 +186,29 @@ def test_half_precision_is_read_as_it_is(tmp_path):
         save_file({name: x.astype(dtype) for name, x in whole.items()}, file)
         expected = whole["model.embed_tokens.weight"].astype(dtype).astype(np.float32)
         np.testing.assert_array_equal(load(tmp_path)[1]["embedding"], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_a_new_model_of_each_family_without_a_word(tmp_path, family, caplog):
+    """Of defaults: those of a family that a user need not give must be written all the same."""
+    torch = pytest.importorskip("torch", reason="needs the dev extra")
+    transformers = pytest.importorskip("transformers", reason="needs the dev extra")
+    model = Model(ModelConfig(family=family, vocab_size=37, hidden_size=24, num_layers=2))
+    params = jax.tree.map(lambda x: x * 5, jax.jit(model.init)(jax.random.key(0)))
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    save(tmp_path, model, params, extra_config=ids, max_shard_bytes=20_000)
+    transformers.logging.enable_propagation()
+    with caplog.at_level("WARNING"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, output_loading_info=True
+        )
+    assert not any(report.values()), report
+    assert not caplog.records
+    assert {name: getattr(theirs.generation_config, name) for name in ids} == ids
+    tokens = np.random.default_rng(0).integers(0, 37, (2, 9)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
+    hidden, _ = jax.jit(model.apply)(params, tokens, np.ones_like(tokens), positions)
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(tokens).long()).logits.numpy()
+    np.testing.assert_allclose(model.logits(params, hidden), expected, atol=1e-4)
