@@ -99,7 +99,7 @@ def test_any_mesh_reads_and_writes_the_same(tmp_path, config, sizes):
     save(tmp_path / "one", model, params)
     mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
     again, read = load(tmp_path / "one", mesh=mesh)
-    assert again == model
+    assert again.config == model.config
     jax.tree.map(np.testing.assert_array_equal, read, params)
     kernel = read["layers"]["attention"]["query"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[1:3] == (24 // sizes[1], 4 // sizes[2])
