@@ -82,13 +82,11 @@ def test_each_process_reads_only_what_its_devices_keep(tmp_path, monkeypatch):
         return array
 
     monkeypatch.setattr(Stored, "read", counted)
-    load(tmp_path, mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    load(tmp_path, mesh=make_mesh(MeshConfig(fsdp=4, tensor=2)))
     of = [shape for name, shape in sizes if name == "model.layers.1.self_attn.q_proj.weight"]
-    assert (
-        of == [(2 * 16, 12)] * 4
-    )  # 4 heads of 16 over tensor, 24 over fsdp; replicas are not read
+    assert of == [(2 * 16, 24 // 4)] * 8  # 4 heads of 16 over tensor, a width of 24 over fsdp
     of = [shape for name, shape in sizes if name == "model.layers.1.self_attn.k_proj.bias"]
-    assert of == [(16,)] * 2
+    assert of == [(16,)] * 2  # once for all four along fsdp
 
 
 @pytest.mark.parametrize("config", [NARROW, FUSED, GPT2, MIXED], ids=lambda c: c.family)
