@@ -22,7 +22,7 @@ from alignjax.models.classify import reward_from_hf, reward_to_hf
 from alignjax.models.config import ModelConfig
 from alignjax.models.heads import ScalarModel
 from alignjax.models.stored import open_tensors, read_json, replacing, write_json, write_tensors
-from alignjax.models.tensors import TENSORS, Tensor
+from alignjax.models.tensors import TENSORS, Tensor, full_name
 from alignjax.models.transformer import Model
 from alignjax.sharding.rules import shardings
 
@@ -227,7 +227,8 @@ def _load(
     else:
         targets = shardings(logical_axes, mesh, shapes)
     found = stream.entries(config, names, shapes)
-    with open_tensors(directory) as tensors:
+    with open_tensors(directory) as stored:
+        tensors = {full_name(name): tensor for name, tensor in stored.items()}
         stream.check(found, tensors, directory)
 
         def read(key_path: tuple[Any, ...], sharding: Any) -> jax.Array:

@@ -189,3 +189,8 @@ TENSORS: dict[Family, dict[str, Tensor]] = {
 
 UNREAD = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of names that old files hold, of what is computed here: angles, causal masks."""
+
+
+def full_name(name: str) -> str:
+    """GPT-2's published files leave the prefix of the trunk out."""
+    return f"transformer.{name}" if name.startswith(("wte.", "wpe.", "h.", "ln_f.")) else name

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import shutil
 import tempfile
 
 import jax
@@ -195,6 +196,17 @@ def test_gradients_are_those_of_transformers(saved, family):
         # Some are 0 but for rounding: a bias on all keys alike moves no softmax.
         error = np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-4 * whole)
         assert error < 1e-3, (jax.tree_util.keystr(path), error)
+
+
+def test_gpt2_as_it_is_published(saved, tmp_path):
+    """Without the prefix of the trunk, and with the causal masks that old files hold."""
+    _, directory = saved("gpt2")
+    shutil.copy(directory / "config.json", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): array for name, array in tensors.items()}
+    tensors["h.0.attn.bias"] = np.tril(np.ones((1, 1, 64, 64), np.float32))
+    save_file(tensors, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path)[1], load(directory)[1])
 
 
 def test_sharded_checkpoint(saved, tmp_path):
