@@ -1,6 +1,6 @@
 """Time and peak memory of loading a checkpoint of a billion parameters, in processes of their own.
 
-Writes a checkpoint of zeros (bfloat16, about 2 GB, in shards) into a temporary folder, loads it with
+Writes a checkpoint of zeros (bfloat16, about 2 GB, in shards) to a temporary folder, loads it with
 parameters of each type; the peak before the load is what imports alone take.
 
     python benchmarks/load.py --note "machine shared"
