@@ -80,7 +80,7 @@ def chunked_attention(
         _cut(k, 3, key_block),
         _cut(v, 3, key_block),
         _cut(query_segments, 1, query_block),
-        _cut(key_segments, 1, key_block, fill=-1),  # the segment of no query
+        _cut(key_segments, 1, key_block),
     )
     window = NO_WINDOW if window is None else window
     layout = _Layout(jnp.asarray(first_slot, jnp.int32), jnp.asarray(window, jnp.int32))
@@ -88,12 +88,15 @@ def chunked_attention(
     return jnp.swapaxes(out.reshape(batch, heads, time, head_dim), 1, 2)
 
 
-def _cut(array: Array, axis: int, block: int, fill: int = 0) -> Array:
-    """[.., T, ..] -> [blocks, .., block, ..]; the last block is filled up."""
+def _cut(array: Array, axis: int, block: int) -> Array:
+    """[.., T, ..] -> [blocks, .., block, ..]; the last block is filled up.
+
+    Filling of keys lies after all queries, so that only filling of queries can see it.
+    """
     num = -(-array.shape[axis] // block)
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, num * block - array.shape[axis])
-    array = jnp.pad(array, widths, constant_values=fill)
+    array = jnp.pad(array, widths)
     shape = (*array.shape[:axis], num, block, *array.shape[axis + 1 :])
     return jnp.moveaxis(array.reshape(shape), axis, 0)
 

@@ -19,7 +19,11 @@ from alignjax.models.kernels.splash import splash_attention
 Implementation = Literal["auto", "einsum", "chunked", "xla", "cudnn", "splash"]
 
 MAX_SCORES = 512 * 512
-"""T times S up to which all scores are kept where no fused kernel serves."""
+"""T times S up to which all scores are kept where no fused kernel serves.
+
+Blocks are quicker from T = 256 on (benchmarks/attention.py), but only rows that keep their scores
+have the bits of a decoded token on a CPU.
+"""
 
 
 def attend(

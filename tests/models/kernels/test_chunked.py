@@ -36,7 +36,7 @@ def test_any_block_gives_the_same(block):
 
 
 @pytest.mark.parametrize("window", [1, 8, 9, 16, 17])
-@pytest.mark.parametrize("first_slot", [0, 5, 8, 23])
+@pytest.mark.parametrize("first_slot", [0, 1, 5, 8, 23])
 def test_traced_windows_and_slots_at_the_edges_of_blocks(window, first_slot):
     inputs = draw(np.ones((1, 40), int), time=16, heads=1, kv_heads=1)
 
