@@ -42,8 +42,8 @@ def einsum_attention(
 ) -> Array:
     """softmax(scale q k) v (arXiv:1706.03762 eq. 1); query head h reads head h // G.
 
-    On a CPU in float32 a query alone has the bits that it has among many, except in small shapes:
-    that keeps the log-probs of the sampler those of the trainer.
+    On a CPU a query alone has the bits that it has among many, except in small shapes: that keeps
+    the log-probs of the sampler those of the trainer.
 
     Args:
       q: [B, T, H, head_dim]; H = K * G.
@@ -60,12 +60,24 @@ def einsum_attention(
     scores = float32_einsum("bkrh,bkhs->bkrs", grouped, k).reshape(batch, heads, time, slots)
     scores = capped(scores * scale, soft_cap)
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    weights = _rounded(jax.nn.softmax(scores, axis=-1), q.dtype)
     weights = weights.reshape(*grouped.shape[:3], slots)
     if weights.shape[2] == 1:  # Twice the same: CPUs sum a single row in another order than many.
         weights = jnp.repeat(weights, 2, axis=2)
     out = float32_einsum("bkrs,bkhs->bkrh", weights, v)[:, :, : grouped.shape[2]]
     return jnp.swapaxes(out.reshape(batch, heads, time, head_dim), 1, 2).astype(q.dtype)
+
+
+def _rounded(array: Array, dtype: jnp.dtype) -> Array:
+    """Float32 -> dtype, for certain.
+
+    Where `float32_einsum` casts back, XLA may drop a mere cast, and does so in some programs and
+    not in others: sampler and trainer would differ.
+    """
+    if dtype == jnp.float32:
+        return array
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(array, info.nexp, info.nmant).astype(dtype)
 
 
 def capped(scores: Array, soft_cap: float | None) -> Array:

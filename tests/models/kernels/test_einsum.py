@@ -46,10 +46,11 @@ def test_the_cap_by_hand():
 
 @pytest.mark.parametrize("options", [{}, {"windows": (5,), "soft_cap": 2.0}])
 @pytest.mark.parametrize("kv_heads", [4, 1])
-def test_one_query_has_the_bits_that_it_has_among_many(options, kv_heads):
-    """What keeps the log-probs of the sampler those of the trainer: float32, many rows."""
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_query_has_the_bits_that_it_has_among_many(dtype, kv_heads, options):
+    """What keeps the log-probs of the sampler those of the trainer, with many rows."""
     inputs = draw(np.ones((64, 64), int), heads=4, kv_heads=kv_heads, head_dim=32)
-    inputs = inputs.cast(jnp.float32)
+    inputs = inputs.cast(dtype)
 
     @jax.jit
     def run(q, k, v, first_slot):
