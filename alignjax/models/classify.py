@@ -11,7 +11,8 @@ from typing import Any
 
 from alignjax.core.errors import UserError
 from alignjax.models.config import ModelConfig
-from alignjax.models.families import ROWS, from_hf, to_hf
+from alignjax.models.families import ROWS
+from alignjax.models.hf_config import from_hf, to_hf
 
 _IRREGULAR = {
     "GPT2LMHeadModel": "GPT2ForSequenceClassification",

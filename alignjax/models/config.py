@@ -81,7 +81,7 @@ class ModelConfig(Config):
     Attributes:
       family: the Hugging Face architecture that this model is written as.
       intermediate_size: width of the MLP, or of each expert; default 8/3 of `hidden_size`, up to a
-        multiple of 64.
+        multiple of 64, or 4 times it without a gate.
       num_kv_heads: heads of keys and values; divides `num_heads`; default `num_heads`.
       head_dim: even; default `hidden_size` / `num_heads`.
       norm: RMSNorm (arXiv:1910.07467), the same with 1 + scale as factor (Gemma), or LayerNorm.
@@ -160,7 +160,8 @@ class ModelConfig(Config):
         width, heads = values.get("hidden_size", 128), values.get("num_heads", 4)
         defaults = _LLAMA | dict(FAMILIES[family].fixed) | {"num_kv_heads": heads}
         if isinstance(width, int) and isinstance(heads, int) and heads > 0:
-            defaults["intermediate_size"] = -(-width * 8 // (3 * 64)) * 64
+            is_gated = defaults["gated_mlp"]  # three matrices, where there are two without
+            defaults["intermediate_size"] = -(-width * 8 // 192) * 64 if is_gated else 4 * width
             if width % heads == 0:
                 defaults["head_dim"] = width // heads
         if family in _MIXED:

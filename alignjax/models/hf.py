@@ -17,10 +17,11 @@ from safetensors.numpy import load_file, save_file
 from alignjax.core.errors import UserError
 from alignjax.core.hub import resolve
 from alignjax.core.precision import ComputeDtype
-from alignjax.models import families, stream
+from alignjax.models import stream
 from alignjax.models.classify import reward_from_hf, reward_to_hf
 from alignjax.models.config import ModelConfig
 from alignjax.models.heads import ScalarModel
+from alignjax.models.hf_config import from_hf, to_hf
 from alignjax.models.stored import open_tensors, read_json, replacing, write_json, write_tensors
 from alignjax.models.tensors import TENSORS, Tensor, full_name
 from alignjax.models.transformer import Model
@@ -61,7 +62,7 @@ def load(
         supported.
     """
     directory = resolve(path)
-    config = families.from_hf(str(directory / CONFIG), read_json(directory / CONFIG))
+    config = from_hf(str(directory / CONFIG), read_json(directory / CONFIG))
     model = Model(config, compute_dtype, remat, mesh=mesh)
     names = TENSORS[config.family]
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -136,7 +137,7 @@ def save(
     """
     config = model.config
     found = stream.entries(config, TENSORS[config.family], params)
-    data = families.to_hf(config)
+    data = to_hf(config)
     _save(Path(path), data, found, params, extra_config, dtype, max_shard_bytes)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from alignjax.core.errors import UserError
 from alignjax.models.config import ModelConfig
-from alignjax.models.families import from_hf, to_hf
+from alignjax.models.hf_config import from_hf, to_hf
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
