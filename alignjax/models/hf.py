@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +24,9 @@ from alignjax.models.classify import reward_from_hf, reward_to_hf
 from alignjax.models.config import ModelConfig
 from alignjax.models.heads import ScalarModel
 from alignjax.models.hf_config import from_hf, to_hf
+from alignjax.models.quantize import Kind, codes
 from alignjax.models.stored import open_tensors, read_json, replacing, write_json, write_tensors
+from alignjax.models.stream import ParamPath
 from alignjax.models.tensors import TENSORS, Tensor, full_name
 from alignjax.models.transformer import Model
 from alignjax.sharding.rules import shardings
@@ -43,6 +47,7 @@ def load(
     compute_dtype: ComputeDtype = "float32",
     param_dtype: ParamDtype = "float32",
     remat: bool = False,
+    quantize: Kind | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Reads config.json and model.safetensors, or the shards that an index names.
 
@@ -55,6 +60,7 @@ def load(
         its own devices keep. None: the default device.
       compute_dtype, remat: see `Model`.
       param_dtype: of the parameters, whatever type they are stored in.
+      quantize: hold the kernels of the layers as codes, made one by one as they are read.
     Returns:
       The model, and its parameters.
     Raises:
@@ -64,9 +70,17 @@ def load(
     directory = resolve(path)
     config = from_hf(str(directory / CONFIG), read_json(directory / CONFIG))
     model = Model(config, compute_dtype, remat, mesh=mesh)
-    names = TENSORS[config.family]
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return model, _load(directory, config, names, shapes, model.logical_axes(), mesh, param_dtype)
+    coded = dataclasses.replace(model, quantize=quantize)
+    targets = _targets(coded, mesh)
+
+    def change(path: ParamPath, one: jax.Array) -> Any:
+        if quantize is not None and path[0] == "layers" and path[-1] == "kernel":
+            num_inputs = found[path].tensor.num_inputs
+            return codes(one.astype(jnp.float32), num_inputs, quantize)
+        return one.astype(param_dtype)
+
+    found = stream.entries(config, TENSORS[config.family], _shapes(model))
+    return coded, _load(directory, found, _targets(model, mesh), targets, change)
 
 
 def load_reward(
@@ -86,9 +100,9 @@ def load_reward(
     source, data = str(directory / CONFIG), read_json(directory / CONFIG)
     config = reward_from_hf(source, data)
     model = ScalarModel(Model(config, compute_dtype, remat, mesh=mesh))
-    shapes = _flat(jax.eval_shape(model.init, jax.random.key(0)))
-    axes = _flat(model.logical_axes())
-    flat = _load(directory, config, _reward_tensors(config), shapes, axes, mesh, param_dtype)
+    targets = _flat(_targets(model, mesh))
+    found = stream.entries(config, _reward_tensors(config), _flat(_shapes(model)))
+    flat = _load(directory, found, targets, targets, lambda _, one: one.astype(param_dtype))
     head = {"kernel": flat.pop("score")}
     return model, {"decoder": flat, "head": head}
 
@@ -213,36 +227,42 @@ def _flat(params: Params) -> dict[str, Any]:
     return {**params["decoder"], "score": params["head"]["kernel"]}
 
 
+def _shapes(model: Model | ScalarModel) -> Any:
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def _targets(model: Model | ScalarModel, mesh: Mesh | None) -> Any:
+    """Where each parameter goes."""
+    if mesh is not None:
+        return shardings(model.logical_axes(), mesh, _shapes(model))
+    single = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda _: single, _shapes(model))
+
+
 def _load(
     directory: Path,
-    config: ModelConfig,
-    names: Mapping[str, Tensor],
-    shapes: Any,
-    logical_axes: Any,
-    mesh: Mesh | None,
-    dtype: ParamDtype,
+    found: Mapping[ParamPath, stream.Entry],
+    placed: Any,
+    targets: Any,
+    change: Callable[[ParamPath, jax.Array], Any],
 ) -> dict[str, Any]:
-    if mesh is None:
-        single = SingleDeviceSharding(jax.local_devices()[0])
-        targets = jax.tree.map(lambda _: single, shapes)
-    else:
-        targets = shardings(logical_axes, mesh, shapes)
-    found = stream.entries(config, names, shapes)
+    """The parameters of `found`, placed as they are read and changed, and then as `targets`."""
     with open_tensors(directory) as stored:
         tensors = {full_name(name): tensor for name, tensor in stored.items()}
         stream.check(found, tensors, directory)
 
-        def read(key_path: tuple[Any, ...], sharding: Any) -> jax.Array:
-            entry = found[tuple(key.key for key in key_path)]
-            return stream.read(entry, tensors, sharding, jnp.dtype(dtype))
+        def read(key_path: tuple[Any, ...], sharding: Any, target: Any) -> Any:
+            path = tuple(key.key for key in key_path)
+            changed = functools.partial(change, path)
+            return stream.read(found[path], tensors, sharding, changed, target)
 
-        return jax.tree_util.tree_map_with_path(read, targets)
+        return jax.tree_util.tree_map_with_path(read, placed, targets)
 
 
 def _save(
     directory: Path,
     data: dict[str, Any],
-    found: Mapping[stream.ParamPath, stream.Entry],
+    found: Mapping[ParamPath, stream.Entry],
     params: Params,
     extra_config: Mapping[str, Any] | None,
     dtype: ParamDtype | None,

@@ -86,6 +86,12 @@ class Nf4Kernel(nnx.Module):
 KERNELS: dict[Kind, type[Int8Kernel] | type[Nf4Kernel]] = {"int8": Int8Kernel, "nf4": Nf4Kernel}
 
 
+def codes(kernel: Array, num_inputs: int, kind: Kind) -> dict[str, Array]:
+    """A kernel [*inputs, *outputs] float32 -> the parameters in its place."""
+    made = KERNELS[kind](kernel, ("",) * kernel.ndim, num_inputs)
+    return {"codes": made.codes[...], "scale": made.scale[...]}
+
+
 def quantize_linear(linear: Linear, kind: Kind) -> None:
     """Puts codes in the place of a projection's kernel; `linear` computes with what they stand for.
 

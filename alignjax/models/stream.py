@@ -7,7 +7,7 @@ made once, in its sharding, and each tensor is written into it on the devices.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,12 +104,21 @@ def check(found: Mapping[ParamPath, Entry], tensors: Mapping[str, Stored], direc
 
 
 def read(
-    entry: Entry, tensors: Mapping[str, Stored], sharding: Sharding, dtype: jnp.dtype
-) -> Array:
-    """Reads one parameter into its sharding.
+    entry: Entry,
+    tensors: Mapping[str, Stored],
+    sharding: Sharding,
+    change: Callable[[Array], Any],
+    targets: Any,
+) -> Any:
+    """Reads one parameter, and what it is to be changed to, into its shards.
 
     The host holds one tensor at a time, in the type of the file, and of it only the shards of this
-    process; transposing and casting are left to the devices.
+    process; transposing and changing are left to the devices.
+
+    Args:
+      sharding: of the parameter.
+      change: the parameter of one layer and expert -> what is kept of it: an array or a tree.
+      targets: shardings of that, with the leading axes of layers and experts.
     """
     tensor, which = entry.tensor, entry.which
     shape = tensor.shape((entry.one,))
@@ -131,13 +140,31 @@ def read(
 
         return jax.make_array_from_callback(shape, target, shard)
 
-    if not entry.names.ndim:
-        part = part_of(tensors[entry.names[()]])
-        return jax.block_until_ready(_converter(tensor, entry.one, dtype, sharding)(part))
-    write = _writer(tensor, entry.one, dtype, sharding)
-    stacked = jnp.zeros(entry.shape, dtype, device=sharding)
-    for index in np.ndindex(entry.names.shape):
-        stacked = write(stacked, part_of(tensors[entry.names[index]]), np.array(index, np.int32))
+    def changed(part: Array) -> Any:
+        return change(tensor.read(part, entry.one))
+
+    def write(stacked: Any, part: Array, index: Array) -> Any:
+        def put(stacked: Array, one: Array) -> Array:
+            starts = (*index, *[0] * one.ndim)
+            one = one.reshape(*[1] * len(index), *one.shape)
+            return jax.lax.dynamic_update_slice(stacked, one, starts)
+
+        return jax.tree.map(put, stacked, changed(part))
+
+    names = entry.names
+    if not names.ndim:
+        part = part_of(tensors[names.item()])
+        return jax.block_until_ready(jax.jit(changed, out_shardings=targets)(part))
+    parts = jax.ShapeDtypeStruct(shape, jnp.float32)  # whatever the file's: `change` says which
+    stacked = jax.tree.map(
+        lambda one, target: jnp.zeros((*names.shape, *one.shape), one.dtype, device=target),
+        jax.eval_shape(changed, parts),
+        targets,
+    )
+    # The number of the layer is an argument: one compilation for all of them.
+    compiled = jax.jit(write, donate_argnums=0, out_shardings=targets)
+    for index in np.ndindex(names.shape):
+        stacked = compiled(stacked, part_of(tensors[names[index]]), np.array(index, np.int32))
         jax.block_until_ready(stacked)  # or parts would wait on the host for the devices
     return stacked
 
@@ -164,26 +191,6 @@ def _part_sharding(entry: Entry, sharding: Sharding) -> Sharding:
         is_flat = len(tensor.shape((entry.one,))) < len(spec)
         theirs = (joined(spec),) if is_flat else spec
     return NamedSharding(sharding.mesh, PartitionSpec(*theirs))
-
-
-@functools.cache
-def _converter(tensor: Tensor, ours: Shape, dtype: jnp.dtype, sharding: Sharding) -> Any:
-    def convert(part: Array) -> Array:
-        return tensor.read(part, ours).astype(dtype)
-
-    return jax.jit(convert, out_shardings=sharding)
-
-
-@functools.cache
-def _writer(tensor: Tensor, ours: Shape, dtype: jnp.dtype, sharding: Sharding) -> Any:
-    """Compiled once for each shape: the number of the layer is an argument."""
-
-    def write(stacked: Array, part: Array, index: Array) -> Array:
-        one = tensor.read(part, ours).astype(dtype)
-        starts = (*index, *[0] * len(ours))
-        return jax.lax.dynamic_update_slice(stacked, one.reshape(*[1] * len(index), *ours), starts)
-
-    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
 
 def plan(found: Mapping[ParamPath, Entry], params: Params, dtype: np.dtype) -> list[Planned]:

@@ -124,15 +124,12 @@ class Policy:
             assert source.path is not None
             self.model, self._loaded = load(
                 source.path, mesh=mesh, compute_dtype=dtype, param_dtype=source.param_dtype,
-                remat=source.remat,
+                remat=source.remat, quantize=source.quantize,
             )  # fmt: skip
         check_fits(self.tokenizer, self.model.config.vocab_size, where)
         if source.lora is not None:
-            self.model = dataclasses.replace(self.model, lora=source.lora, quantize=source.quantize)
+            self.model = dataclasses.replace(self.model, lora=source.lora)
             self.frozen, self._loaded = self._loaded, None
-            if source.quantize is not None:
-                axes = self.reference_model.logical_axes()
-                self.frozen = self._sharded(lora.quantize, axes, self.frozen)
 
     @property
     def reference_model(self) -> Model:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from alignjax.models import Model, ModelConfig, lora
+from alignjax.models import Model, ModelConfig, load, lora, save
 from alignjax.models.layers import Linear
 from alignjax.models.quantize import BLOCK, KERNELS, NF4, num_bytes, quantize_linear
+from alignjax.sharding import MeshConfig, make_mesh
 
 MODEL = Model(ModelConfig(vocab_size=19, hidden_size=128, num_heads=4, num_kv_heads=2))
 
@@ -124,6 +125,23 @@ def test_products_are_those_of_what_the_codes_stand_for():
         found, expected = apply(model, coded, *batch)[0], apply(MODEL, restored, *batch)[0]
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert np.abs(found - apply(MODEL, params, *batch)[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_codes_made_while_reading_are_those_of_what_is_read(tmp_path, family, kind, tensor):
+    config = ModelConfig(
+        family=family, vocab_size=11, hidden_size=64, num_heads=4, num_kv_heads=2, num_layers=3
+    )
+    plain = Model(config)
+    save(tmp_path, plain, plain.init(jax.random.key(0)))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4 // tensor, tensor=tensor), jax.devices()[:4])
+    model, found = load(tmp_path, mesh=mesh, quantize=kind)
+    assert model == dataclasses.replace(plain, quantize=kind, mesh=mesh)
+    _, params = load(tmp_path)
+    expected = jax.jit(lora.quantize, static_argnums=0)(model, params)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_an_unknown_kind():
