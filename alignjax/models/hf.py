@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +72,10 @@ def load(
     coded = dataclasses.replace(model, quantize=quantize)
     targets = _targets(coded, mesh)
 
-    def change(path: ParamPath, one: jax.Array) -> Any:
+    def change(path: ParamPath) -> Callable[[jax.Array], Any]:
         if quantize is not None and path[0] == "layers" and path[-1] == "kernel":
-            num_inputs = found[path].tensor.num_inputs
-            return codes(one.astype(jnp.float32), num_inputs, quantize)
-        return one.astype(param_dtype)
+            return _Coded(found[path].tensor.num_inputs, quantize)
+        return _Cast(param_dtype)
 
     found = stream.entries(config, TENSORS[config.family], _shapes(model))
     return coded, _load(directory, found, _targets(model, mesh), targets, change)
@@ -102,7 +100,7 @@ def load_reward(
     model = ScalarModel(Model(config, compute_dtype, remat, mesh=mesh))
     targets = _flat(_targets(model, mesh))
     found = stream.entries(config, _reward_tensors(config), _flat(_shapes(model)))
-    flat = _load(directory, found, targets, targets, lambda _, one: one.astype(param_dtype))
+    flat = _load(directory, found, targets, targets, lambda _: _Cast(param_dtype))
     head = {"kernel": flat.pop("score")}
     return model, {"decoder": flat, "head": head}
 
@@ -227,6 +225,21 @@ def _flat(params: Params) -> dict[str, Any]:
     return {**params["decoder"], "score": params["head"]["kernel"]}
 
 
+class _Cast(NamedTuple):
+    dtype: ParamDtype
+
+    def __call__(self, one: jax.Array) -> jax.Array:
+        return one.astype(self.dtype)
+
+
+class _Coded(NamedTuple):
+    num_inputs: int
+    kind: Kind
+
+    def __call__(self, one: jax.Array) -> dict[str, jax.Array]:
+        return codes(one.astype(jnp.float32), self.num_inputs, self.kind)
+
+
 def _shapes(model: Model | ScalarModel) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0))
 
@@ -244,7 +257,7 @@ def _load(
     found: Mapping[ParamPath, stream.Entry],
     placed: Any,
     targets: Any,
-    change: Callable[[ParamPath, jax.Array], Any],
+    change: Callable[[ParamPath], Callable[[jax.Array], Any]],
 ) -> dict[str, Any]:
     """The parameters of `found`, placed as they are read and changed, and then as `targets`."""
     with open_tensors(directory) as stored:
@@ -253,8 +266,7 @@ def _load(
 
         def read(key_path: tuple[Any, ...], sharding: Any, target: Any) -> Any:
             path = tuple(key.key for key in key_path)
-            changed = functools.partial(change, path)
-            return stream.read(found[path], tensors, sharding, changed, target)
+            return stream.read(found[path], tensors, sharding, change(path), target)
 
         return jax.tree_util.tree_map_with_path(read, placed, targets)
 

@@ -118,6 +118,7 @@ def read(
     Args:
       sharding: of the parameter.
       change: the parameter of one layer and expert -> what is kept of it: an array or a tree.
+        Hashable, so that equal ones are compiled once.
       targets: shardings of that, with the leading axes of layers and experts.
     """
     tensor, which = entry.tensor, entry.which
@@ -140,33 +141,52 @@ def read(
 
         return jax.make_array_from_callback(shape, target, shard)
 
-    def changed(part: Array) -> Any:
-        return change(tensor.read(part, entry.one))
-
-    def write(stacked: Any, part: Array, index: Array) -> Any:
-        def put(stacked: Array, one: Array) -> Array:
-            starts = (*index, *[0] * one.ndim)
-            one = one.reshape(*[1] * len(index), *one.shape)
-            return jax.lax.dynamic_update_slice(stacked, one, starts)
-
-        return jax.tree.map(put, stacked, changed(part))
-
     names = entry.names
+    leaves, structure = jax.tree.flatten(targets)
+    compiled = _compiled(tensor.reading, entry.one, change, tuple(leaves), structure, names.ndim)
     if not names.ndim:
-        part = part_of(tensors[names.item()])
-        return jax.block_until_ready(jax.jit(changed, out_shardings=targets)(part))
-    parts = jax.ShapeDtypeStruct(shape, jnp.float32)  # whatever the file's: `change` says which
+        return jax.block_until_ready(compiled(part_of(tensors[names.item()])))
     stacked = jax.tree.map(
         lambda one, target: jnp.zeros((*names.shape, *one.shape), one.dtype, device=target),
-        jax.eval_shape(changed, parts),
+        jax.eval_shape(change, jax.ShapeDtypeStruct(entry.one, jnp.float32)),
         targets,
     )
-    # The number of the layer is an argument: one compilation for all of them.
-    compiled = jax.jit(write, donate_argnums=0, out_shardings=targets)
     for index in np.ndindex(names.shape):
         stacked = compiled(stacked, part_of(tensors[names[index]]), np.array(index, np.int32))
         jax.block_until_ready(stacked)  # or parts would wait on the host for the devices
     return stacked
+
+
+@functools.cache
+def _compiled(
+    tensor: Tensor,
+    ours: Shape,
+    change: Callable[[Array], Any],
+    leaves: tuple[Sharding, ...],
+    structure: Any,
+    num_stacked: int,
+) -> Any:
+    """Part of a tensor -> what is kept of it, or what is stacked with that in its place.
+
+    Once for all parameters of one shape: the number of the layer is an argument.
+    """
+    targets = jax.tree.unflatten(structure, leaves)
+
+    def changed(part: Array) -> Any:
+        return change(tensor.read(part, ours))
+
+    def write(stacked: Any, part: Array, index: Array) -> Any:
+        def put(stacked: Array, one: Array) -> Array:
+            starts = (*index, *[0] * one.ndim)
+            return jax.lax.dynamic_update_slice(
+                stacked, one.reshape(*[1] * num_stacked, *one.shape), starts
+            )
+
+        return jax.tree.map(put, stacked, changed(part))
+
+    if not num_stacked:
+        return jax.jit(changed, out_shardings=targets)
+    return jax.jit(write, donate_argnums=0, out_shardings=targets)
 
 
 def _part_sharding(entry: Entry, sharding: Sharding) -> Sharding:

@@ -50,6 +50,11 @@ class Tensor(NamedTuple):
         """The part of a tensor -> its parameter, of one layer and expert."""
         return (part.T if self._turns else part).reshape(ours)
 
+    @property
+    def reading(self) -> Tensor:
+        """What `read` goes by: equal for tensors that are read in the same way."""
+        return self._replace(paths=())
+
     def write(self, arrays: Sequence[Array]) -> Array:
         """The parameters of one layer and expert -> the tensor."""
         if not self.num_inputs:

@@ -29,6 +29,13 @@ from tests.models.references import (
     transformers,
 )
 
+# Compiled once for each model, in whatever test.
+LOGITS = jax.jit(
+    lambda model, params, *batch: model.logits(params, model.apply(params, *batch)[0]),
+    static_argnums=0,
+)
+APPLY = jax.jit(Model.apply, static_argnums=0, donate_argnums=5)
+
 
 def ours(model, params, tokens, segment_ids=None, positions=None):
     tokens = jnp.asarray(tokens)
@@ -37,11 +44,7 @@ def ours(model, params, tokens, segment_ids=None, positions=None):
     if positions is None:
         positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
 
-    @jax.jit
-    def logits(params, *batch):
-        return model.logits(params, model.apply(params, *batch)[0])
-
-    return np.asarray(logits(params, tokens, jnp.asarray(segment_ids), jnp.asarray(positions)))
+    return np.asarray(LOGITS(model, params, tokens, segment_ids, positions))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,12 +87,11 @@ def test_logits_cached(saved, case):
     padding = np.array([0, 2, 5])
     is_real = np.arange(T)[None] >= padding[:, None]
     positions = np.maximum(np.arange(T)[None] - padding[:, None], 0).astype(np.int32)
-    apply = jax.jit(model.apply, donate_argnums=4)
     cache, hidden = model.init_cache(3, T + 3), []
     for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, T))]:
         part = np.s_[:, start:stop]
         batch = tokens[part], is_real[part].astype(np.int32), positions[part]
-        step, cache = apply(params, *map(jnp.asarray, batch), cache)
+        step, cache = APPLY(model, params, *map(jnp.asarray, batch), cache)
         hidden.append(step)
     assert int(cache.index) == T
     result = np.asarray(model.logits(params, jnp.concatenate(hidden, 1)))
@@ -100,13 +102,12 @@ def test_logits_cached(saved, case):
 
 def greedy(model, params, prompt, num_tokens):
     """[P] -> [num_tokens], through prefill and a cache."""
-    apply = jax.jit(model.apply)
     cache, tokens, position, out = model.init_cache(1, len(prompt) + num_tokens), prompt, 0, []
     for _ in range(num_tokens):
         n = len(tokens)
         positions = jnp.arange(position, position + n, dtype=jnp.int32)[None]
         batch = jnp.asarray(tokens, jnp.int32)[None], jnp.ones((1, n), jnp.int32), positions
-        hidden, cache = apply(params, *batch, cache)
+        hidden, cache = APPLY(model, params, *batch, cache)
         tokens, position = [int(model.logits(params, hidden[:, -1]).argmax())], position + n
         out += tokens
     return out
