@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -225,14 +226,16 @@ def _flat(params: Params) -> dict[str, Any]:
     return {**params["decoder"], "score": params["head"]["kernel"]}
 
 
-class _Cast(NamedTuple):
+@dataclass(frozen=True)
+class _Cast:
     dtype: ParamDtype
 
     def __call__(self, one: jax.Array) -> jax.Array:
         return one.astype(self.dtype)
 
 
-class _Coded(NamedTuple):
+@dataclass(frozen=True)
+class _Coded:
     num_inputs: int
     kind: Kind
 
