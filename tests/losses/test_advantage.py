@@ -120,7 +120,8 @@ TestOracles = oracle_tests(
         Case(losses.remax, remax),
         Case(losses.gpg, gpg),
         *(Case(losses.pass_at_k, pass_at_k, {"k": k}) for k in (1, 2, 3)),
-        Case(losses.gdpo, gdpo),
+        # Opposite rewards cancel but for eps, 1e-4 of them: float32 keeps three digits of that.
+        Case(losses.gdpo, gdpo, rtol=1e-3),
         Case(losses.gdpo, gdpo, {"weights": (2.0, -0.5), "eps": 0.1}),
         Case(losses.global_whiten, whiten),
         Case(losses.global_whiten, whiten, {"shift_mean": False, "eps": 0.1}),
