@@ -21,6 +21,8 @@ LLAMA3 = {
 SHORT, LONG = [1.0, 1.1, 1.5, 2.0], [1.0, 3.0, 9.0, 27.0]
 LONGROPE = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG}
 
+ODD = {"num_attention_heads": 3, "num_key_value_heads": 1}
+
 CASES = {
     "llama-mha-untied": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4}),
     "llama-gqa-tied": (
@@ -33,18 +35,19 @@ CASES = {
         {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6, "mlp_bias": True,
          "attention_bias": True, "rope_theta": 500000.0},
     ),
-    "llama-llama3": ("llama", {"head_dim": 8, "rope_theta": 500000.0, "rope_scaling": LLAMA3}),
+    "llama-llama3": ("llama", {**ODD,
+                               "head_dim": 8, "rope_theta": 500000.0, "rope_scaling": LLAMA3}),
     "llama-linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
     "llama-dynamic": (
         "llama",
         {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 9},
     ),
     "mistral-window": ("mistral", {"sliding_window": 5, "rope_theta": 77.0}),
-    "mistral-full-headdim": ("mistral", {"sliding_window": None, "head_dim": 10}),
+    "mistral-full-headdim": ("mistral", {**ODD, "sliding_window": None, "head_dim": 10}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "rope_theta": 1e6}),
     "qwen2-window-yarn": (
         "qwen2",
-        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
+        {**ODD, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
          "rope_scaling": YARN},
     ),
     "qwen3-gqa-tied": (
@@ -69,7 +72,7 @@ CASES = {
     ),
     "qwen3moe-not-normalized": (
         "qwen3_moe",
-        {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 3,
+        {**ODD, "moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 3,
          "norm_topk_prob": False, "head_dim": 6, "attention_bias": True, "rope_theta": 50.0},
     ),
     "mixtral-window": (
@@ -77,12 +80,14 @@ CASES = {
     ),
     "mixtral-one-expert": (
         "mixtral",
-        {"num_local_experts": 3, "num_experts_per_tok": 1, "head_dim": 10, "rope_theta": 99.0},
+        {**ODD,
+         "num_local_experts": 3, "num_experts_per_tok": 1, "head_dim": 10, "rope_theta": 99.0},
     ),
     "gemma-mqa": ("gemma", {"head_dim": 10, "num_key_value_heads": 1}),
     "gemma-untied": (
         "gemma",
-        {"head_dim": 6, "tie_word_embeddings": False, "rope_theta": 55.0, "attention_bias": True},
+        {**ODD,
+         "head_dim": 6, "tie_word_embeddings": False, "rope_theta": 55.0, "attention_bias": True},
     ),
     "gemma2-caps": (
         "gemma2",
@@ -91,7 +96,8 @@ CASES = {
     ),
     "gemma2-no-caps": (
         "gemma2",
-        {"head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 7, "attention_bias": True,
+        {**ODD,
+         "head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 7, "attention_bias": True,
          "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_theta": 88.0},
     ),
     "gemma3-two-bases": (
@@ -102,7 +108,8 @@ CASES = {
     ),
     "gemma3-scaled": (
         "gemma3_text",
-        {"head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 4, "num_hidden_layers": 7,
+        {**ODD,
+         "head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 4, "num_hidden_layers": 7,
          "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "final_logit_softcapping": 4.0},
     ),
     "smollm3-nope": (
@@ -110,11 +117,12 @@ CASES = {
     ),
     "smollm3-window": (
         "smollm3",
-        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4,
+        {**ODD, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4,
          "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     ),
     "phi3-window": ("phi3", {"sliding_window": 6}),
-    "phi3-partial": ("phi3", {"partial_rotary_factor": 0.5, "head_dim": 12, "rope_theta": 70.0}),
+    "phi3-partial": ("phi3", {**ODD,
+                              "partial_rotary_factor": 0.5, "head_dim": 12, "rope_theta": 70.0}),
     "phi3-longrope": (
         "phi3",
         {"rope_scaling": LONGROPE, "original_max_position_embeddings": 8, "hidden_size": 32},
@@ -125,12 +133,12 @@ CASES = {
     ),
     "olmo2-gqa": ("olmo2", {"rope_theta": 500.0}),
     "olmo2-biases": (
-        "olmo2", {"attention_bias": True, "head_dim": 10, "tie_word_embeddings": True},
+        "olmo2", {**ODD, "attention_bias": True, "head_dim": 10, "tie_word_embeddings": True},
     ),
     "gpt2": ("gpt2", {}),
     "gpt2-relu": (
         "gpt2",
-        {"activation_function": "relu", "n_inner": 20, "tie_word_embeddings": False, "n_head": 2,
+        {"activation_function": "relu", "n_inner": 20, "tie_word_embeddings": False, "n_head": 3,
          "layer_norm_epsilon": 0.1},
     ),
 }  # fmt: skip
