@@ -122,10 +122,11 @@ class Policy:
             self.model = Model(ModelConfig(**shape), dtype, source.remat, mesh=mesh)
         else:
             assert source.path is not None
-            self.model, self._loaded = load(
-                source.path, mesh=mesh, compute_dtype=dtype, param_dtype=source.param_dtype,
+            self._load = functools.partial(
+                load, source.path, mesh=mesh, compute_dtype=dtype, param_dtype=source.param_dtype,
                 remat=source.remat, quantize=source.quantize,
             )  # fmt: skip
+            self.model, self._loaded = self._load()
         check_fits(self.tokenizer, self.model.config.vocab_size, where)
         if source.lora is not None:
             self.model = dataclasses.replace(self.model, lora=source.lora)
@@ -144,16 +145,18 @@ class Policy:
         """The weights to start from: those of the directory, or random ones, in their shardings;
         under LoRA new adapters, or those of a directory.
 
-        A fresh copy each time: the training step donates what it is given.
+        Arrays of their own each time, for the training step donates what it is given: those that
+        were read first are given away, and read once more if they are asked for again.
         """
-        if self._loaded is not None:
-            return copied(self._loaded)
         if self.frozen is not None:
             axes, _ = lora.split(self.model.logical_axes())
             if self._source.adapter is not None:
                 adapters = peft.load(self._source.adapter, self.model)
                 return jax.device_put(adapters, shardings(axes, self._mesh, adapters))
             return self._sharded(lora.init, axes, self.frozen, key)
+        if self._source.path is not None:
+            loaded, self._loaded = self._loaded, None
+            return self._load()[1] if loaded is None else loaded
         axes, dtype = self.model.logical_axes(), self._source.param_dtype
 
         def init(key: Array) -> Params:

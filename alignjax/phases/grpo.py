@@ -162,11 +162,11 @@ class Grpo:
         reference = None
         if self._config.algorithm.kl_coef > 0:
             if self._config.algorithm.reference_every:
-                reference = self._policy.init(key)
+                reference = copied(params)
             elif self._policy.frozen is not None:
                 self._reference = self._policy.frozen
             else:
-                self._reference = self._policy.init(key)
+                self._reference = copied(params)
         return create_state(params, self._optimizer.transform, key, reference=reference)
 
     def records(self) -> Any:
