@@ -182,6 +182,19 @@ def test_grpo_with_a_reference_that_is_the_base(world, monkeypatch, reference_ev
         np.testing.assert_allclose(found[targets], np.asarray(expected)[targets], atol=1e-4)
 
 
+@pytest.mark.parametrize("kl_coef, copies", [(0.0, 3), (0.05, 4)])
+def test_all_weights_are_there_once_and_once_more_as_a_reference(
+    world, monkeypatch, kl_coef, copies
+):
+    """And two moments; what was read is not kept beside what is trained."""
+    before = live_bytes()
+    phase = make_grpo(world, monkeypatch, model={"lora": None}, kl_coef=kl_coef)
+    state = phase.init(jax.random.PRNGKey(0))
+    assert 0 <= live_bytes() - before - copies * num_bytes(state.params) < 4096
+    again = phase.init(jax.random.PRNGKey(1))
+    jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
+
+
 def test_grpo_learns(world, monkeypatch):
     phase = make_grpo(world, monkeypatch, kl_coef=0.0)
     state, records = phase.init(jax.random.PRNGKey(0)), phase.records()
