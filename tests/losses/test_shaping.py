@@ -186,6 +186,14 @@ def test_finite_at_extremes():
     np.testing.assert_allclose(losses.normalize_rewards(state, x, on), [[1, -1]], rtol=1e-6)
 
 
+def test_moments_pass_no_gradient_on():
+    def total(rewards):
+        state = losses.update_moments(losses.init_moments(), rewards, jnp.ones((1, 2), bool))
+        return state.mean + state.variance
+
+    assert (jax.grad(total)(jnp.array([[1.0, 4.0]])) == 0).all()
+
+
 def test_rewards_that_never_vary_are_divided_by_the_root_of_the_default_eps():
     state = losses.init_moments()._replace(variance=jnp.zeros(()))
     found = losses.normalize_rewards(state, jnp.array([[2.0, -1.0]]), jnp.ones((1, 2), bool))
