@@ -32,6 +32,7 @@ import record
 LOSSES = record.REPO / "alignjax" / "losses"
 TESTS = record.REPO / "tests" / "losses"
 TESTED_BY = {
+    "ratio": ("ratio", "f_divergence"),
     "pairs": ("pairs", "preference", "reference_free", "unpaired"),
     "segments": ("segments", "reduce", "ratio", "trajectory"),
     "vocabulary": ("vocabulary", "logprob", "distill"),
