@@ -29,7 +29,7 @@ SHAPES = {
                "query_pre_attn_scalar": 64, "sliding_window": 256},
 }  # fmt: skip
 VOCAB, ROWS, TIME = 32_000, 4, 512
-REPEATS, TURNS = 3, 3
+REPEATS, TURNS = 2, 2
 
 
 def make(family: str, folder: Path) -> int:
