@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from alignjax.phases.common import PhaseConfig
     from alignjax.phases.grpo_config import GrpoConfig
     from alignjax.phases.sft import SftConfig
     from alignjax.text import HFTokenizer
@@ -74,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     config: Any = _stage(check(load(find_config(args.config), args.overrides)), args.stage)
     if not isinstance(config, SftConfig | GrpoConfig):
         raise UserError(f"phase: {config.phase}: inspect shows the data of phase sft or grpo")
-    tokenizer = load_tokenizer(_tokenizer_path(config))
+    tokenizer = load_tokenizer(config.tokenizer_source())
     view = View(Console(highlight=False, soft_wrap=True), tokenizer, args.tokens)
     if isinstance(config, SftConfig):
         _show_rows(view, config, args.batch, args.rows)
@@ -98,17 +97,6 @@ def _stage(config: Any, name: str | None) -> Any:
         came = "this is a recipe" if name is None else f"--stage {name}"
         raise UserError(f"{came}: expected --stage with one of {', '.join(there) or 'none'}")
     return stages[name]
-
-
-def _tokenizer_path(config: PhaseConfig) -> str:
-    from alignjax.core.errors import UserError
-
-    path = config.tokenizer or config.model.path
-    if path is None:
-        raise UserError(
-            "tokenizer: a model to be created (model.init) needs a tokenizer's directory"
-        )
-    return path
 
 
 class View:

@@ -17,6 +17,7 @@ from jax import Array
 
 from alignjax.losses import segments
 from alignjax.models.transformer import Model
+from alignjax.sharding.place import copied
 
 if TYPE_CHECKING:
     from alignjax.core.types import Params
@@ -122,4 +123,4 @@ def critic_from(reward_params: Params) -> dict[str, Any]:
 
     Trunk and head both: before any training, the value of a whole text is its reward.
     """
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), reward_params)
+    return copied(reward_params)

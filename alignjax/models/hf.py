@@ -71,7 +71,8 @@ def load(
     config = from_hf(str(directory / CONFIG), read_json(directory / CONFIG))
     model = Model(config, compute_dtype, remat, mesh=mesh)
     coded = dataclasses.replace(model, quantize=quantize)
-    targets = _targets(coded, mesh)
+    placed = _targets(model, mesh)
+    targets = placed if quantize is None else _targets(coded, mesh)
 
     def change(path: ParamPath) -> Callable[[jax.Array], Any]:
         if quantize is not None and path[0] == "layers" and path[-1] == "kernel":
@@ -79,7 +80,7 @@ def load(
         return _Cast(param_dtype)
 
     found = stream.entries(config, TENSORS[config.family], _shapes(model))
-    return coded, _load(directory, found, _targets(model, mesh), targets, change)
+    return coded, _load(directory, found, placed, targets, change)
 
 
 def load_reward(

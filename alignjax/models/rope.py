@@ -6,6 +6,7 @@ is a class with two methods: the frequencies, and a factor on cosines and sines.
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import Annotated, Literal
 
@@ -27,9 +28,10 @@ def _exact_frequencies(theta: float, dim: int) -> np.ndarray:
     return theta ** (-np.arange(0, dim, 2) / dim)
 
 
-class _Scaling(Config):
+class _Scaling(Config, abc.ABC):
     """Lower frequencies for a longer context."""
 
+    @abc.abstractmethod
     def frequencies(self, theta: float, dim: int, context: int, length: Array) -> Array:
         """[dim / 2] float32, radians per position.
 
@@ -39,7 +41,6 @@ class _Scaling(Config):
           context: the model's `max_position_embeddings`.
           length: [] int32; the longest sequence of the call.
         """
-        raise NotImplementedError
 
     def attention_factor(self, context: int) -> float:
         """Factor on cosines and sines."""

@@ -90,6 +90,15 @@ class PhaseConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig()
 
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer is: named by itself, or the model's. Raises UserError if neither."""
+        source = self.tokenizer or self.model.path
+        if source is None:
+            raise UserError(
+                "tokenizer: a model to be created (model.init) needs a tokenizer's directory"
+            )
+        return source
+
 
 class Policy:
     """A model that is trained, its tokenizer, and where its weights come from.
@@ -103,11 +112,7 @@ class Policy:
 
     def __init__(self, config: PhaseConfig, mesh: Mesh):
         source = config.model
-        where = config.tokenizer or source.path
-        if where is None:
-            raise UserError(
-                "tokenizer: a model to be created (model.init) needs a tokenizer's directory"
-            )
+        where = config.tokenizer_source()
         self.tokenizer: HFTokenizer = load_tokenizer(where)
         listed = () if source.path is None else load_eos_ids(source.path)
         self.eos_ids = stop_ids(self.tokenizer, eos_ids=listed)
@@ -216,11 +221,6 @@ def _appearing(path: Path) -> Iterator[Path]:
     if path.exists():
         shutil.rmtree(path)
     temporary.rename(path)
-
-
-def copied(params: Params) -> Params:
-    """Other buffers with the same content in the same shardings; compiles nothing."""
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), params)
 
 
 def score_tokens(

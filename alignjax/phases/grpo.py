@@ -26,12 +26,12 @@ from alignjax.data import (
 from alignjax.generate import make_generate
 from alignjax.losses.ratio import capped_exp, token_log_ratio
 from alignjax.models import Model
-from alignjax.phases.common import Policy, copied, rows_per_process, score_tokens
+from alignjax.phases.common import Policy, rows_per_process, score_tokens
 from alignjax.phases.grpo_config import AlgorithmConfig, GrpoConfig
 from alignjax.rewards.combine import too_many_failures
 from alignjax.rewards.pool import RewardPool
 from alignjax.rewards.rollout import Rollouts, Task, rollout
-from alignjax.sharding import batch_shards, put_batch
+from alignjax.sharding import batch_shards, copied, put_batch
 from alignjax.text import stop_ids
 from alignjax.train.loop import Collected, Evaluated, StopRunError
 from alignjax.train.optim import make_optimizer

@@ -24,6 +24,11 @@ def init_sharded(init: Callable[[jax.Array], Any], key: jax.Array, shardings: An
     return jax.jit(init, out_shardings=fitted)(key)
 
 
+def copied(arrays: Any) -> Any:
+    """Other buffers with the same content in the same shardings; compiles nothing."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), arrays)
+
+
 def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0) -> dict[str, jax.Array]:
     """Host arrays -> global arrays, rows split over the mesh axes data and fsdp.
 
