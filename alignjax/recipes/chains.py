@@ -14,19 +14,17 @@ The reward is made of built-ins (in YAML, under `functions`):
 
     accuracy: {function: verify.exact, weight: 0.9, args: {required_tags: [think, answer]}}
     format:   {function: format.tags, weight: 0.1}
-
-Chance comes from `random.Random.random`, the one method whose stream Python promises to keep.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from alignjax.recipes.chance import Chance
 from alignjax.text import vocab_tokenizer
 
 BOS, EOS = "<bos>", "<eos>"
@@ -152,18 +150,8 @@ def make_corpus(
             yield "", draw.drill(problem)
 
 
-class Draw:
+class Draw(Chance):
     """A stream of chance, and what is drawn from it."""
-
-    def __init__(self, seed: str) -> None:
-        self._random = random.Random(seed).random
-
-    def chance(self, p: float) -> bool:
-        return self._random() < p
-
-    def integer(self, low: int, high: int) -> int:
-        """Uniform in low..high, both included."""
-        return low + int(self._random() * (high - low + 1))
 
     def op(self, value: int) -> tuple[str, int]:
         """One operation that stays in 0..99: the sign first, each equally often."""
