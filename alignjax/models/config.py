@@ -202,6 +202,11 @@ class ModelConfig(Config):
                 f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}: family 'gpt2' has as "
                 "many heads of keys as of queries, and together they are as wide as hidden_size"
             )
+        if self.family == "gemma" and self.activation == "gelu":
+            raise ValueError(
+                "activation='gelu' cannot be written as family 'gemma', where that name stands for "
+                "'gelu_tanh'"
+            )
         if self.family in _MIXED and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}: "

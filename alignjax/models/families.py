@@ -78,11 +78,13 @@ class Row:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields of theirs that change the mathematics, each with the one value that is supported."""
     also_known: Mapping[str, str] = field(default_factory=dict)
-    """Second names of their fields."""
+    """Second names of their fields; where both are given they must agree."""
     inert: frozenset[str] = frozenset()
     """Fields of theirs that leave the logits alone."""
     gelu_tanh: str = "gelu_pytorch_tanh"
     """Which of its names this activation has in the family."""
+    gelu: str = "gelu"
+    """What that name stands for in the family."""
     angles: Rule = ONE_BASE
     layers: Rule = ALIKE
 
@@ -105,13 +107,15 @@ class Row:
 
 _BIAS = {"attention_bias": "attention_bias"}
 _NO_BIAS = {"attention_bias": False}
+_SLICED = frozenset({"pretraining_tp"})
+"""In how many parts a product was computed in pretraining: the same but for rounding."""
 ROWS: dict[Family, Row] = {
     "llama": Row(
         "LlamaForCausalLM",
         extra=_BIAS | {"mlp_bias": "mlp_bias"},
         optional=_NO_BIAS | {"mlp_bias": False},
-        fixed={"pretraining_tp": 1, "is_llama_config": True, "rope_interleaved": False},
-        inert=frozenset({"sliding_window", "max_window_layers"}),
+        fixed={"is_llama_config": True, "rope_interleaved": False},
+        inert=_SLICED | {"sliding_window", "max_window_layers"},
         angles=one_base(absent=10_000.0),  # Llama 2's files are older than the field
     ),
     "mistral": Row(
@@ -149,12 +153,15 @@ ROWS: dict[Family, Row] = {
         "GemmaForCausalLM",
         extra=_BIAS,
         optional=_NO_BIAS | {"head_dim": REQUIRED, "tie_embeddings": True},
+        fixed={"hidden_activation": "gelu_pytorch_tanh"},
+        gelu="gelu_tanh",  # the first releases say it and were trained with the other
     ),
     "gemma2": Row(
         "Gemma2ForCausalLM",
         extra=_BIAS | _GEMMA2_FIELDS,
         optional=_NO_BIAS | {"head_dim": REQUIRED, "tie_embeddings": True},
         nullable=frozenset({"attention_soft_cap", "logit_soft_cap"}),
+        also_known={"sliding_window": "sliding_window_size"},
         inert=frozenset({"hidden_act", "cache_implementation"}),
         layers=every(2),
     ),
@@ -172,13 +179,17 @@ ROWS: dict[Family, Row] = {
         "SmolLM3ForCausalLM",
         extra=_BIAS | {"mlp_bias": "mlp_bias"},
         optional=_NO_BIAS | {"mlp_bias": False, "tie_embeddings": True},
+        inert=_SLICED,
         layers=SMOLLM3,
     ),
     "phi3": Row(
         "Phi3ForCausalLM",
         extra={"sliding_window": "sliding_window"},
         optional={"sliding_window": None},
-        fixed={"attention_bias": False},
+        fixed={
+            "attention_bias": False, "mlp_bias": False, "lm_head_bias": False,
+            "full_attn_mod": 1, "interpolate_factor": 1,
+        },
         inert=frozenset({"embd_pdrop", "resid_pdrop", "original_max_position_embeddings"}),
         angles=LONGROPE,
     ),
@@ -199,7 +210,8 @@ ROWS: dict[Family, Row] = {
         inert=frozenset({
             "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "summary_activation",
             "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-            "num_key_value_heads", "head_dim", "intermediate_size",
+            "num_key_value_heads", "head_dim", "intermediate_size", "n_special",
+            "predict_special_tokens",
         }),
         gelu_tanh="gelu_new",
         angles=NO_ANGLES,
@@ -219,5 +231,6 @@ INERT = {
     "output_attentions", "output_hidden_states", "finetuning_task", "task_specific_params",
     "id2label", "label2id", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
     "decoder_start_token_id", "num_labels", "transformers.js_config",
+    "_num_labels", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
 """Bookkeeping, and switches of transformers that leave the logits alone."""

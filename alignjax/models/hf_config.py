@@ -78,8 +78,13 @@ def _fields(reader: Reader, family: Family, row: Row) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for ours, theirs in row.fields.items():
         value = reader.get(theirs)
-        if value is None and theirs in row.also_known:
-            value = reader.get(row.also_known[theirs])
+        if theirs in row.also_known:
+            second = reader.get(row.also_known[theirs])
+            if None not in (value, second) and value != second:
+                raise reader.error(
+                    f"{theirs}={value!r} contradicts {row.also_known[theirs]}={second!r}"
+                )
+            value = second if value is None else value
         if value is None:
             default = row.defaults.get(ours, REQUIRED)
             if default is REQUIRED and not (ours in row.nullable and theirs in reader.data):
@@ -90,7 +95,7 @@ def _fields(reader: Reader, family: Family, row: Row) -> dict[str, Any]:
                 raise reader.error(
                     f"{theirs}={value!r} is not supported; only {', '.join(ACTIVATIONS)} are"
                 )
-            value = ACTIVATIONS[value]
+            value = row.gelu if value == "gelu" else ACTIVATIONS[value]
         values[ours] = value
     return values
 

@@ -189,7 +189,15 @@ def _write_two_bases(config: ModelConfig) -> dict[str, Any]:
 
 def _write_phi3(config: ModelConfig) -> dict[str, Any]:
     data, section = _written(config)
-    return data | ({_ORIGINAL: section[_ORIGINAL]} if _ORIGINAL in section else {})
+    if _ORIGINAL not in section:
+        return data
+    # transformers 4, and what is built on it, takes `type` and two lists, as Phi-3's own files have
+    # them, and nothing else. 5 reads them there too, and what they leave out from beside them.
+    three = {"type": section["rope_type"]}
+    three |= {name: section[name] for name in ("short_factor", "long_factor")}
+    is_derived = not {"factor", "attention_factor"} & section.keys()
+    data |= {"rope_scaling": three} if is_derived else {}
+    return data | {_ORIGINAL: section[_ORIGINAL]}
 
 
 ONE_BASE = one_base()

@@ -45,6 +45,7 @@ def test_hashable_and_frozen():
         ({"num_layers": "2"}, "num_layers"),
         ({"num_layer": 2}, "num_layer"),
         ({"rope_theta": 1.0}, "rope_theta"),
+        ({"family": "gemma", "activation": "gelu"}, "stands for 'gelu_tanh'"),
     ],
 )
 def test_refused(fields, message):

@@ -75,6 +75,30 @@ GPT2 = {
     "summary_use_proj": True, "vocab_size": 50257,
     "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
 }  # fmt: skip
+GEMMA = {
+    "architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 2, "eos_token_id": 1, "head_dim": 256, "hidden_act": "gelu",
+    "hidden_activation": None, "hidden_size": 3072, "initializer_range": 0.02,
+    "intermediate_size": 24576, "max_position_embeddings": 8192, "model_type": "gemma",
+    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 16,
+    "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16", "transformers_version": "4.40.0.dev0", "use_cache": True,
+    "vocab_size": 256000,
+}  # fmt: skip
+PHI4_MINI = {
+    "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "bos_token_id": 199999,
+    "embd_pdrop": 0.0, "eos_token_id": 199999, "full_attn_mod": 1, "hidden_act": "silu",
+    "hidden_size": 3072, "initializer_range": 0.02, "intermediate_size": 8192,
+    "interpolate_factor": 1, "lm_head_bias": False, "max_position_embeddings": 131072,
+    "mlp_bias": False, "model_type": "phi3", "num_attention_heads": 24, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "original_max_position_embeddings": 4096, "pad_token_id": 199999,
+    "partial_rotary_factor": 0.75, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+    "rope_scaling": {"long_factor": [3.0] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+    "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "transformers_version": "4.45.0", "use_cache": True,
+    "vocab_size": 200064,
+}  # fmt: skip
 
 
 def test_published_gemmas():
@@ -86,6 +110,49 @@ def test_published_gemmas():
     assert three.windows == ((512,) * 5 + (None,)) * 4 + (512, 512)
     assert three.rope_kinds == (("local",) * 5 + ("global",)) * 4 + ("local",) * 2
     assert (three.rope_theta, three.local_rope_theta) == (1e6, 1e4)
+
+
+def test_the_first_gemma_says_gelu_and_means_its_approximation():
+    """So do transformers 4, for null in hidden_activation, and 5, for this name in hidden_act."""
+    config = from_hf("config.json", GEMMA)
+    assert config.activation == "gelu_tanh"
+    assert to_hf(config)["hidden_act"] == "gelu_pytorch_tanh"
+    both = {name: "gelu_pytorch_tanh" for name in ("hidden_act", "hidden_activation")}
+    assert from_hf("config.json", GEMMA | both) == config
+
+
+def test_the_larger_gemma_2_says_its_window_twice():
+    assert from_hf("config.json", GEMMA2 | {"sliding_window_size": 4096}).sliding_window == 4096
+
+
+def test_published_phi_4_mini():
+    """Its scaling is written as it was: transformers 4 refuses a fourth field."""
+    config = from_hf("config.json", PHI4_MINI)
+    assert (config.rotary_dim, config.rope_scaling.original_max_position_embeddings) == (96, 4096)
+    written = to_hf(config)
+    assert written["rope_scaling"] == PHI4_MINI["rope_scaling"]
+    assert written["original_max_position_embeddings"] == 4096
+    assert from_hf("config.json", written) == config
+
+
+@pytest.mark.parametrize("name", ["factor", "attention_factor"])
+def test_what_phi_3s_scaling_cannot_say_is_not_left_out(name):
+    scaling = PHI4_MINI["rope_scaling"] | {name: 1.25}
+    config = from_hf("config.json", PHI4_MINI | {"rope_scaling": scaling})
+    assert to_hf(config)["rope_scaling"][name] == 1.25
+    assert from_hf("config.json", to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("data", "changes"),
+    [
+        (LLAMA, {"pretraining_tp": 2}),  # Llama 2 13B's: products in parts, with the same sum
+        (GPT2, {"n_special": 0, "predict_special_tokens": True, "_num_labels": 1}),
+        (QWEN3, {"unsloth_fixed": True, "unsloth_version": "2025.5"}),
+    ],
+)
+def test_fields_of_published_files_that_change_nothing(data, changes):
+    assert from_hf("config.json", data | changes) == from_hf("config.json", data)
 
 
 def test_published_gpt2():
@@ -138,7 +205,7 @@ def test_the_default_embedding_under_all_its_names(scaling):
 
 
 def test_round_trip():
-    for data in (LLAMA, QWEN3, MISTRAL, GEMMA2, GEMMA3, QWEN3_MOE, GPT2):
+    for data in (LLAMA, QWEN3, MISTRAL, GEMMA, GEMMA2, GEMMA3, QWEN3_MOE, PHI4_MINI, GPT2):
         config = from_hf("config.json", data)
         assert from_hf("config.json", to_hf(config)) == config
 
@@ -197,7 +264,6 @@ def test_round_trip():
         (LLAMA, {"hidden_act": "mish"}, "hidden_act='mish' is not supported; only silu"),
         (LLAMA, {"hidden_act": ["silu"]}, r"hidden_act=\['silu'\] is not supported"),
         (LLAMA, {"rope_interleaved": True}, "rope_interleaved=True is not supported"),
-        (LLAMA, {"pretraining_tp": 2}, "pretraining_tp=2"),
         (LLAMA, {"attention_dropout": 0.1}, "attention_dropout=0.1"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
         (LLAMA, {"use_sliding_window": False}, "'use_sliding_window'=False is unknown"),
@@ -219,6 +285,10 @@ def test_round_trip():
         (QWEN3, {"layer_types": ["sliding_attention"] * 28}, "layer_types"),
         (QWEN3, {"head_dim": None}, "'head_dim' is missing"),
         (QWEN3, {"mlp_bias": True}, "mlp_bias=True"),
+        (GEMMA, {"hidden_activation": "gelu"}, "hidden_activation='gelu' is not supported"),
+        (GEMMA2, {"sliding_window_size": 5}, "=4096 contradicts sliding_window_size=5"),
+        (PHI4_MINI, {"full_attn_mod": 2}, "full_attn_mod=2 is not supported; only 1"),
+        (PHI4_MINI, {"lm_head_bias": True}, "lm_head_bias=True is not supported"),
     ],
 )
 def test_what_is_not_supported_is_named(data, changes, message):
