@@ -60,6 +60,8 @@ class Sight(NamedTuple):
     key_segments: Array
     first_slot: Array | int
     layer: Array | int
+    branches: Array | None = None
+    positions: Array | None = None
 
 
 class Attention(nnx.Module):
@@ -112,6 +114,8 @@ class Attention(nnx.Module):
             layer=sight.layer,
             scale=self.scale,
             soft_cap=self.soft_cap,
+            branches=sight.branches,
+            positions=sight.positions,
         )
         return self.out(y), cache
 

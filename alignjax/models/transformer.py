@@ -132,11 +132,16 @@ class Model:
         positions: Array,
         cache: Cache | None = None,
         dropout_key: Array | None = None,
+        branches: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Final-normed hidden states of each token, and the cache with the tokens added to it.
 
         A query sees the keys of its own segment in its own slot or before, within the layer's
-        window. Without a cache, slots are the T of the call; with one, they are those of the cache,
+        window; with branches only those of branch 0 and of its own branch, and windows are of
+        positions. So a prompt serves several completions, each of which has the hidden states that
+        it would have alone after the prompt.
+
+        Without a cache, slots are the T of the call; with one, they are those of the cache,
         where the T tokens go to `cache.index` and on. Writing past `max_len` is the caller's
         mistake and is not detected.
 
@@ -146,11 +151,15 @@ class Model:
           segment_ids: [B, T] int32; 0 on padding.
           positions: [B, T] int32, within the segment; any value on padding.
           dropout_key: of the adapters' dropout, in training; None: nothing is left out.
+          branches: [B, T] int32; 0 on what the branches of a segment continue, any value on
+            padding; None: there are none. Positions of a branch go on from those of branch 0.
         Returns:
           hidden [B, T, D] of the compute dtype, finite everywhere, of no meaning on padding;
           the cache (None if None was given).
+        Raises:
+          ValueError: if there are both a cache and branches.
         """
-        return self._run(params, tokens, segment_ids, positions, cache, dropout_key)[:2]
+        return self._run(params, tokens, segment_ids, positions, cache, dropout_key, branches)[:2]
 
     def apply_with_routing(
         self,
@@ -159,13 +168,18 @@ class Model:
         segment_ids: Array,
         positions: Array,
         dropout_key: Array | None = None,
+        branches: Array | None = None,
     ) -> tuple[Array, RouterSums]:
         """As `apply` without a cache, with how the tokens were spread over experts.
+
+        What branches share counts once.
 
         Raises:
           ValueError: if the model has no experts.
         """
-        hidden, _, sums = self._run(params, tokens, segment_ids, positions, None, dropout_key)
+        hidden, _, sums = self._run(
+            params, tokens, segment_ids, positions, None, dropout_key, branches
+        )
         if sums is None:
             raise ValueError("num_experts=0: this model has no router; use apply")
         return hidden, sums
@@ -178,12 +192,15 @@ class Model:
         positions: Array,
         cache: Cache | None,
         dropout_key: Array | None,
+        branches: Array | None,
     ) -> tuple[Array, Cache | None, RouterSums | None]:
         config = self.config
         ends = self._ends.bind({name: params[name] for name in params if name != "layers"})
         x = ends.embed(tokens, positions, jnp.dtype(self.compute_dtype))
         keys_values: tuple[Array, Array] | None = None
         segments, first_slot = segment_ids, 0
+        if cache is not None and branches is not None:
+            raise ValueError("branches are of whole rows; with a cache there are none")
         if cache is not None:
             keys_values, first_slot = (cache.k, cache.v), cache.index
             start = (0, first_slot)
@@ -198,6 +215,8 @@ class Model:
             if keys_values is not None:
                 store = LayerCache(*keys_values, number, cache.index)
             sight = Sight(segment_ids, segments, first_slot, number)
+            if branches is not None:
+                sight = sight._replace(branches=branches, positions=positions)
             layer = self._layer.bind(weights)
             if dropout_key is not None:
                 set_dropout(layer, jax.random.fold_in(dropout_key, number))

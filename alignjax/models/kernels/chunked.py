@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from alignjax.models.kernels.einsum import NO_WINDOW, capped, float32_einsum
+from alignjax.models.kernels.einsum import NO_WINDOW, capped, float32_einsum, sees_branch
 
 BLOCK = 256
 """Queries, and keys, to a block."""
@@ -50,6 +50,10 @@ class _Blocks(NamedTuple):
     """[I, B, block] int32."""
     key_segments: Array
     """[J, B, block] int32."""
+    branches: Array | None
+    """[I, B, block] int32, of queries and keys alike; None: there are none."""
+    positions: Array | None
+    """As branches, and given with them."""
 
 
 def chunked_attention(
@@ -63,6 +67,8 @@ def chunked_attention(
     window: Array | int | None = None,
     scale: float,
     soft_cap: float | None = None,
+    branches: Array | None = None,
+    positions: Array | None = None,
     block: int = BLOCK,
 ) -> Array:
     """What `attend` says; float32 sums, gradients by q, k and v.
@@ -81,6 +87,8 @@ def chunked_attention(
         _cut(v, 3, key_block),
         _cut(query_segments, 1, query_block),
         _cut(key_segments, 1, key_block),
+        None if branches is None else _cut(branches, 1, query_block),
+        None if positions is None else _cut(positions, 1, query_block),
     )
     window = NO_WINDOW if window is None else window
     layout = _Layout(jnp.asarray(first_slot, jnp.int32), jnp.asarray(window, jnp.int32))
@@ -184,7 +192,7 @@ def _backward(static: _Static, residuals: Any, cotangent: Array) -> tuple[_Block
 
     numbers = jnp.arange(blocks.k.shape[0])
     dq, (dk, dv) = jax.lax.scan(of_keys, jnp.zeros(blocks.q.shape, jnp.float32), numbers)
-    return _Blocks(dq.astype(blocks.q.dtype), dk, dv, None, None), None
+    return _Blocks(dq.astype(blocks.q.dtype), dk, dv, None, None, None, None), None
 
 
 _attention.defvjp(_keep, _backward)
@@ -197,7 +205,14 @@ def _scores(
     scores = float32_einsum("bkgth,bkhs->bkgts", blocks.q[i], blocks.k[j]) * static.scale
     queries = _first_query(blocks, layout, i) + jnp.arange(blocks.q.shape[-2])[:, None]
     keys = j * blocks.k.shape[-1] + jnp.arange(blocks.k.shape[-1])
-    mask = (keys <= queries) & (keys > queries - layout.window)
+    mask = keys <= queries
+    if blocks.branches is None:
+        mask &= keys > queries - layout.window
+    else:
+        assert blocks.positions is not None
+        mask &= sees_branch(blocks.branches[i], blocks.branches[j])
+        past = blocks.positions[i][:, :, None] - blocks.positions[j][:, None, :]
+        mask &= past < layout.window
     mask &= blocks.query_segments[i][:, :, None] == blocks.key_segments[j][:, None, :]
     return capped(scores, static.soft_cap), mask[:, None, None]
 
@@ -207,18 +222,25 @@ def _first_query(blocks: _Blocks, layout: _Layout, i: Array) -> Array:
     return layout.first_slot + i * blocks.q.shape[-2]
 
 
+def _reach(blocks: _Blocks, layout: _Layout) -> Array | int:
+    """How many slots a query looks back at most. A trunk may lie any number of slots before a
+    branch, however few positions."""
+    return layout.window if blocks.branches is None else NO_WINDOW
+
+
 def _keys_of(blocks: _Blocks, layout: _Layout, i: Array) -> tuple[Array, Array]:
     """The blocks of keys, from and up to, of which a query of block i can see some."""
     size, first = blocks.k.shape[-1], _first_query(blocks, layout, i)
     last = first + blocks.q.shape[-2] - 1
-    low = jnp.maximum(first - layout.window + 1, 0) // size
+    low = jnp.maximum(first - _reach(blocks, layout) + 1, 0) // size
     return low, jnp.minimum(last // size + 1, blocks.k.shape[0])
 
 
 def _queries_of(blocks: _Blocks, layout: _Layout, j: Array) -> tuple[Array, Array]:
     """The blocks of queries, from and up to, of which one can see a key of block j."""
     size, first = blocks.q.shape[-2], j * blocks.k.shape[-1]
-    last = first + blocks.k.shape[-1] - 1 + layout.window - 1  # the last slot that sees a key
+    # The last slot that sees a key.
+    last = first + blocks.k.shape[-1] - 1 + _reach(blocks, layout) - 1
     low = jnp.maximum(first - layout.first_slot, 0) // size
     high = jnp.maximum(last - layout.first_slot + size, 0) // size
     return low, jnp.minimum(high, blocks.q.shape[0])

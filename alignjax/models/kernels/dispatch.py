@@ -38,6 +38,8 @@ def attend(
     windows: Sequence[int | None] = (None,),
     layer: Array | int = 0,
     soft_cap: float | None = None,
+    branches: Array | None = None,
+    positions: Array | None = None,
     implementation: Implementation = "auto",
     mesh: Mesh | None = None,
 ) -> Array:
@@ -62,6 +64,9 @@ def attend(
       layer: which of them, possibly traced. Kernels that need to know the window beforehand are
         compiled once for each different one; with one there is no switch.
       soft_cap: scores become cap tanh(score / cap), before the mask (arXiv:2408.00118 sec. 2).
+      branches: [B, T] int32, where queries and keys are the same tokens: continuations of one text.
+        Of its segment a query sees branch 0, which is what they continue, and its own branch alone.
+      positions: [B, T] int32, given with branches: windows are then of positions, not of slots.
       implementation: "einsum" keeps all scores; "chunked" never does; "xla" and "cudnn" are
         `jax.nn.dot_product_attention`; "splash" is the TPU's. "auto": see `choose`.
       mesh: of the arrays; its devices say the platform. None: those of JAX's default backend.
@@ -74,8 +79,13 @@ def attend(
     _check(q, k, v, query_segments, key_segments, windows, implementation)
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     is_self = isinstance(first_slot, int) and first_slot == 0 and q.shape[1] == k.shape[3]
+    is_branched = branches is not None
+    if is_branched:
+        _check_branches(query_segments, branches, positions, implementation, is_self=is_self)
     if implementation == "auto":
-        implementation = choose(q, k, soft_cap, is_self=is_self, device=device)
+        implementation = choose(
+            q, k, soft_cap, is_self=is_self, device=device, is_branched=is_branched
+        )
     if implementation == "splash":
         if not is_self:
             raise ValueError("splash attention wants T = S and first_slot = 0; use chunked or auto")
@@ -87,8 +97,8 @@ def attend(
             interpret=device.platform != "tpu",
         )
         distinct, which = _distinct(windows, layer)
-        branches = [functools.partial(run, window=window) for window in distinct]
-        return jax.lax.switch(which, branches, q, k, v, query_segments)
+        kernels = [functools.partial(run, window=window) for window in distinct]
+        return jax.lax.switch(which, kernels, q, k, v, query_segments)
     window = _window(windows, layer)
     if implementation == "chunked":
         return chunked_attention(
@@ -101,8 +111,10 @@ def attend(
             window=window,
             scale=scale,
             soft_cap=soft_cap,
+            branches=branches,
+            positions=positions,
         )
-    mask = visible(query_segments, key_segments, first_slot, window)
+    mask = visible(query_segments, key_segments, first_slot, window, branches, positions)
     if implementation == "einsum":
         return einsum_attention(q, k, v, mask, scale=scale, soft_cap=soft_cap)
     if soft_cap is not None:
@@ -113,15 +125,22 @@ def attend(
 
 
 def choose(
-    q: Array, k: Array, soft_cap: float | None, *, is_self: bool, device: jax.Device
+    q: Array,
+    k: Array,
+    soft_cap: float | None,
+    *,
+    is_self: bool,
+    device: jax.Device,
+    is_branched: bool = False,
 ) -> Literal["einsum", "chunked", "cudnn", "splash"]:
     """What `attend` runs when nothing is asked for.
 
     Whole rows in bfloat16 or float16 go to the fused kernel of the platform: splash on TPUs, cuDNN
     on GPUs, where it can (even lengths, head_dim a multiple of 8, no soft-cap). All else, decoding
-    with a cache and float32 among it, keeps its scores while they are few, and is chunked from
-    `MAX_SCORES` on.
+    with a cache, branches and float32 among it, keeps its scores while they are few, and is chunked
+    from `MAX_SCORES` on.
     """
+    is_self = is_self and not is_branched  # Fused kernels know segments, but not branches.
     if is_self and device.platform == "tpu" and q.dtype != jnp.float32:
         return "splash"
     if is_self and device.platform == "gpu" and cudnn_can(q, k, soft_cap, device):
@@ -157,6 +176,29 @@ def _check(
         raise ValueError(f"windows={windows}: each is None or at least 1, and there is one or more")
     if implementation not in get_args(Implementation):
         raise ValueError(f"{implementation!r} is none of {', '.join(get_args(Implementation))}")
+
+
+def _check_branches(
+    segments: Array,
+    branches: Array | None,
+    positions: Array | None,
+    implementation: str,
+    *,
+    is_self: bool,
+) -> None:
+    if not is_self:
+        raise ValueError(
+            "branches want queries and keys of the same tokens, T = S and first_slot = 0; there "
+            "are none with a cache"
+        )
+    if implementation in ("cudnn", "splash"):
+        raise ValueError(
+            f"{implementation} attention has no branches; use einsum, chunked, xla or auto"
+        )
+    for name, array in {"branches": branches, "positions": positions}.items():
+        if array is None or array.shape != segments.shape:
+            found = None if array is None else array.shape
+            raise ValueError(f"{name} is {found}; beside branches it should be {segments.shape}")
 
 
 def _distinct(

@@ -17,6 +17,8 @@ def visible(
     key_segments: Array,
     first_slot: Array | int = 0,
     window: Array | int | None = None,
+    branches: Array | None = None,
+    positions: Array | None = None,
 ) -> Array:
     """Which keys each query sees: those of its own segment, in its own slot or before.
 
@@ -26,15 +28,31 @@ def visible(
       query_segments: [B, T] int32; query t sits in slot first_slot + t.
       key_segments: [B, S] int32; key s sits in slot s.
       window: so many slots are seen at most, the query's own among them; None: all of them.
+      branches: [B, T] int32 where S = T and first_slot = 0: of its segment a query sees branch 0,
+        the trunk, and its own branch alone.
+      positions: [B, T] int32, given with branches: the window is then of positions, for between a
+        trunk and its second branch there are slots of the first.
     Returns:
       [B, T, S] bool.
     """
+    mask = query_segments[:, :, None] == key_segments[:, None, :]
+    if branches is not None:
+        mask &= sees_branch(branches, branches)
+    if branches is not None and window is not None:
+        assert positions is not None
+        mask &= positions[:, None, :] > positions[:, :, None] - window
+        window = None
     queries = first_slot + jnp.arange(query_segments.shape[1])
     keys = jnp.arange(key_segments.shape[1])
     is_near = keys[None, :] <= queries[:, None]
     if window is not None:
         is_near &= keys[None, :] > queries[:, None] - window
-    return (query_segments[:, :, None] == key_segments[:, None, :]) & is_near
+    return mask & is_near
+
+
+def sees_branch(queries: Array, keys: Array) -> Array:
+    """Branches [B, T] and [B, S] -> [B, T, S] bool: a key of the trunk or of one's own branch."""
+    return (keys[:, None, :] == 0) | (keys[:, None, :] == queries[:, :, None])
 
 
 def einsum_attention(

@@ -37,13 +37,20 @@ def draw(segments, *, time=None, heads=6, kv_heads=3, head_dim=8, seed=0) -> Inp
     return Inputs(q, k, v, segments[:, slots - time :], segments)
 
 
-def is_seen(b, t, s, inputs, first_slot, window) -> bool:
+def is_seen(b, t, s, inputs, first_slot, window, branches=None, positions=None) -> bool:
     own = first_slot + t
-    is_near = s <= own and (window is None or s > own - window)
+    distance = own - s
+    if branches is not None:
+        distance = positions[b, t] - positions[b, s]
+        if branches[b, s] not in (0, branches[b, t]):
+            return False
+    is_near = s <= own and (window is None or distance < window)
     return bool(is_near and inputs.query_segments[b, t] == inputs.key_segments[b, s])
 
 
-def attention(inputs, cotangent, *, scale, first_slot=0, window=None, soft_cap=None):
+def attention(
+    inputs, cotangent, *, scale, first_slot=0, window=None, soft_cap=None, **branches_and_positions
+):
     """Output, and the gradient of sum(output * cotangent) by q, k and v.
 
     Returns:
@@ -54,7 +61,8 @@ def attention(inputs, cotangent, *, scale, first_slot=0, window=None, soft_cap=N
     out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for b, t, h in np.ndindex(batch, time, heads):
         g = h // (heads // kv_heads)
-        seen = [s for s in range(slots) if is_seen(b, t, s, inputs, first_slot, window)]
+        rules = inputs, first_slot, window
+        seen = [s for s in range(slots) if is_seen(b, t, s, *rules, **branches_and_positions)]
         keys, values = k[b, g][:, seen].T, v[b, g][:, seen].T
         scores, slope = scale * (keys @ q[b, t, h]), 1.0
         if soft_cap is not None:

@@ -35,6 +35,19 @@ def test_any_block_gives_the_same(block):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [4, 7, 64])
+def test_a_trunk_is_seen_from_far_away(block):
+    """By positions it is near: blocks in between, of the first branch, are none of the window's."""
+    inputs = draw(np.ones((1, 30), int))
+    branches = np.array([[0] * 4 + [1] * 20 + [2] * 6], np.int32)
+    positions = np.array([[*range(4), *range(4, 24), *range(4, 10)]], np.int32)
+    options = {"window": 5, "branches": branches, "positions": positions}
+    found = gradients_and_value(inputs.cast(jnp.float32), block=block, **options)
+    expected = attention(inputs, np.ones_like(inputs.q), scale=SCALE, **options)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 @pytest.mark.parametrize("window", [1, 8, 9, 16, 17])
 @pytest.mark.parametrize("first_slot", [0, 1, 5, 8, 23])
 def test_traced_windows_and_slots_at_the_edges_of_blocks(window, first_slot):

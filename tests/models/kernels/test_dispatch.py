@@ -39,6 +39,18 @@ FULL = np.ones((2, 37), int)
 PACKED = np.array([[1] * 5 + [2] * 17 + [3] * 10 + [0] * 5, [1] * 20 + [2] * 16 + [3]])
 LEFT_AND_RIGHT = np.array([[0] * 18 + [1] * 19, [1] * 12 + [0] * 25])
 CACHED = np.array([[0] * 3 + [1] * 40, [1] * 25 + [2] * 18])
+# Row 0: a trunk of 4 with branches of 6, 9 and 2, then a trunk of 3 with two of 4, then padding.
+# Row 1: no trunk, a branch of 1, one of 30, and another text of a trunk alone.
+BRANCHED = np.array([[1] * 21 + [2] * 11 + [0] * 5, [1] * 31 + [2] * 6])
+BRANCHES = np.array([
+    [0] * 4 + [1] * 6 + [2] * 9 + [3] * 2 + [0] * 3 + [1] * 4 + [2] * 4 + [0] * 5,
+    [1] + [2] * 30 + [0] * 6,
+], np.int32)  # fmt: skip
+POSITIONS = np.array([
+    [*range(4), *range(4, 10), *range(4, 13), 4, 5, *range(3), *[3, 4, 5, 6] * 2, *[0] * 5],
+    [0, *range(30), *range(6)],
+], np.int32)  # fmt: skip
+FORKED = {"branches": BRANCHES, "positions": POSITIONS}
 CASES = {
     "grouped heads": Case(draw(FULL)),
     "nine heads on three": Case(draw(PACKED, heads=9)),
@@ -57,6 +69,11 @@ CASES = {
     "cache": Case(draw(CACHED, time=20), {"first_slot": 23}),
     "cache and window": Case(draw(CACHED, time=20), {"first_slot": 23, "windows": (6,)}, 6),
     "decoding": Case(draw(CACHED, time=1), {"first_slot": 42}),
+    "branches": Case(draw(BRANCHED), FORKED),
+    "branches and window": Case(draw(BRANCHED), {**FORKED, "windows": (5,)}, 5),
+    "branches, soft-cap and wide window": Case(
+        draw(BRANCHED), {**FORKED, "windows": (17,), "soft_cap": 0.7}, 17
+    ),
 }
 
 
@@ -74,6 +91,8 @@ def skip_what_cannot(implementation, options):
         pytest.skip("jax.nn.dot_product_attention has no soft-cap")
     if implementation == "splash" and "first_slot" in options:
         pytest.skip("splash attention is for whole rows")
+    if implementation == "splash" and "branches" in options:
+        pytest.skip("splash attention has no branches")
 
 
 def cotangent_of(inputs, seed=1):
@@ -105,7 +124,7 @@ def test_values_and_gradients_against_float64(implementation, name):
     found = value_and_gradients(
         inputs.cast(jnp.float32), cotangent, implementation=implementation, **options
     )
-    oracle_options = {key: options[key] for key in ("soft_cap", "first_slot") if key in options}
+    oracle_options = {key: options[key] for key in options if key not in ("windows", "layer")}
     expected = attention(
         inputs, cotangent, scale=SCALE, window=CASES[name].window, **oracle_options
     )
@@ -113,13 +132,13 @@ def test_values_and_gradients_against_float64(implementation, name):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["padding", "soft-cap and window", "cache"])
+@pytest.mark.parametrize("name", ["padding", "soft-cap and window", "cache", "branches"])
 def test_bfloat16_against_float64(implementation, name):
     inputs, options = CASES[name].inputs.cast(jnp.bfloat16), CASES[name].options
     skip_what_cannot(implementation, options)
     cotangent = np.asarray(jnp.asarray(cotangent_of(inputs), jnp.bfloat16), np.float32)
     found = value_and_gradients(inputs, cotangent, implementation=implementation, **options)
-    oracle_options = {key: options[key] for key in ("soft_cap", "first_slot") if key in options}
+    oracle_options = {key: options[key] for key in options if key not in ("windows", "layer")}
     expected = attention(
         inputs, cotangent, scale=SCALE, window=CASES[name].window, **oracle_options
     )
@@ -197,6 +216,20 @@ def test_a_token_moves_nothing_before_it_nor_of_others(implementation):
     assert np.flatnonzero(moves).tolist() == list(range(10, 22))  # document 2 is slots 5 to 21
 
 
+def test_a_branch_moves_no_other(implementation):
+    """Bit for bit, those before it and those after it; and it does move itself from there on."""
+    skip_what_cannot(implementation, FORKED)
+    inputs = draw(BRANCHED)
+    attended = jax.jit(
+        functools.partial(attend, scale=SCALE, implementation=implementation, **FORKED)
+    )
+    before = attended(*inputs.cast(jnp.float32))
+    for array in (inputs.q[0, 12], inputs.k[0, ..., 12], inputs.v[0, ..., 12]):
+        array += 1
+    moves = np.asarray(before != attended(*inputs.cast(jnp.float32))).any(axis=(2, 3))
+    assert np.argwhere(moves).tolist() == [[0, t] for t in range(12, 19)]
+
+
 @pytest.mark.parametrize("garbage", [-3e4, 1e15])
 def test_what_lies_on_padding_moves_nothing(implementation, garbage):
     """Outputs and gradients of tokens: the same bits. Outputs of padding are finite."""
@@ -253,6 +286,12 @@ def test_what_is_chosen(device, arrays, soft_cap, is_self, expected):
     assert choose(*arrays, soft_cap, is_self=is_self, device=device) == expected
 
 
+@pytest.mark.parametrize(("device", "time"), [(TPU, 64), (H100, 64), (TPU, 4096), (H100, 4096)])
+def test_fused_kernels_are_not_chosen_for_branches(device, time):
+    chosen = choose(*shape(time, time), None, is_self=True, device=device, is_branched=True)
+    assert chosen == ("einsum" if time == 64 else "chunked")
+
+
 def test_auto_is_what_is_chosen():
     inputs = draw(FULL).cast(jnp.float32)
     auto, einsum = (
@@ -273,6 +312,11 @@ def test_auto_is_what_is_chosen():
         ({"implementation": "flash"}, "'flash' is none of auto, einsum"),
         ({"implementation": "splash", "first_slot": 1}, "T = S and first_slot = 0"),
         ({"implementation": "xla", "soft_cap": 1.0}, "no soft_cap"),
+        ({"implementation": "splash", **FORKED}, "splash attention has no branches"),
+        ({"implementation": "cudnn", **FORKED}, "cudnn attention has no branches"),
+        ({**FORKED, "first_slot": 1}, "T = S and first_slot = 0"),
+        ({"branches": BRANCHES}, r"positions is None; beside branches it should be \(2, 37\)"),
+        ({**FORKED, "branches": BRANCHES[:1]}, r"branches is \(1, 37\)"),
     ],
 )
 def test_what_is_refused(changes, complaint):

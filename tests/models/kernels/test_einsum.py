@@ -38,6 +38,35 @@ def test_visible_in_a_cache_by_hand():
         np.testing.assert_array_equal(found, np.array(rows, bool))
 
 
+def test_visible_branches_by_hand():
+    """A trunk of 2, branches of 1 and 2, then a trunk alone; by positions, not by slots, near."""
+    segments = jnp.array([[1, 1, 1, 1, 1, 2]])
+    branches, positions = jnp.array([[0, 0, 1, 2, 2, 0]]), jnp.array([[0, 1, 2, 2, 3, 0]])
+    expected = {
+        None: [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [1, 1, 0, 1, 0, 0],
+            [1, 1, 0, 1, 1, 0],
+            [0, 0, 0, 0, 0, 1],
+        ],
+        2: [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [0, 1, 1, 0, 0, 0],
+            [0, 1, 0, 1, 0, 0],
+            [0, 0, 0, 1, 1, 0],
+            [0, 0, 0, 0, 0, 1],
+        ],
+    }
+    for window, rows in expected.items():
+        found = visible(segments, segments, window=window, branches=branches, positions=positions)[
+            0
+        ]
+        np.testing.assert_array_equal(found, np.array(rows, bool))
+
+
 def test_the_cap_by_hand():
     scores = jnp.array([-1000.0, 0.0, 2 * np.arctanh(0.5)])
     np.testing.assert_allclose(capped(scores, 2.0), [-2.0, 0.0, 1.0], atol=1e-6)
