@@ -1,28 +1,51 @@
 """Files of records -> token rows and prompts on the host, with a position. Imports no jax."""
 
-from alignjax.data.encode import TextConfig, prompt_encoder, sequence_encoder, training_source
+from alignjax.data.comparison_rows import branch_segments, comparison_rows, most_in_row
+from alignjax.data.comparisons import Comparison, View, pairs, rankings, unpaired
+from alignjax.data.elements import Element, comparison_encoder
+from alignjax.data.encode import (
+    TextConfig,
+    TextOptions,
+    prompt_encoder,
+    sequence_encoder,
+    training_source,
+)
 from alignjax.data.packing import pack
 from alignjax.data.pipeline import Prompt, RecordIterator, examples, token_rows
+from alignjax.data.preferences import Preference, Preferences
 from alignjax.data.schema import Example, Examples, Fields
 from alignjax.data.sources import Source, open_source
 from alignjax.data.texts import texts
 from alignjax.data.turns import Turns
 
 __all__ = [
+    "Comparison",
+    "Element",
     "Example",
     "Examples",
     "Fields",
+    "Preference",
+    "Preferences",
     "Prompt",
     "RecordIterator",
     "Source",
     "TextConfig",
+    "TextOptions",
     "Turns",
+    "View",
+    "branch_segments",
+    "comparison_encoder",
+    "comparison_rows",
     "examples",
+    "most_in_row",
     "open_source",
     "pack",
+    "pairs",
     "prompt_encoder",
+    "rankings",
     "sequence_encoder",
     "texts",
     "token_rows",
     "training_source",
+    "unpaired",
 ]

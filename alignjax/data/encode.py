@@ -24,10 +24,9 @@ from alignjax.text.chat import (
 )
 
 
-class TextConfig(Config):
-    """How a record becomes text, and text becomes token ids."""
+class TextOptions(Config):
+    """How text becomes token ids."""
 
-    fields: Fields
     chat: bool = False
     """Wrap prompt and completion into the model's chat template as user and assistant messages.
     Records with `messages` always go through the template."""
@@ -37,13 +36,19 @@ class TextConfig(Config):
     """A jinja file, instead of the template that comes with the tokenizer."""
     template_variables: dict[str, Any] = Field(default_factory=dict)
     """Further variables for the template, such as enable_thinking."""
-    train_on: Literal["all", "last", "each"] = "all"
-    """Which assistant messages of a conversation are targets: all at once; the last; or each in a
-    sequence of its own, which ends there: for templates that rewrite earlier turns (Qwen3)."""
     add_bos: bool = True
     """Begin plain text with the BOS token, where the tokenizer has one. Never twice."""
     add_eos: bool = True
     """End the completion of plain text with EOS, and train it."""
+
+
+class TextConfig(TextOptions):
+    """How a record becomes text, and text becomes token ids."""
+
+    fields: Fields
+    train_on: Literal["all", "last", "each"] = "all"
+    """Which assistant messages of a conversation are targets: all at once; the last; or each in a
+    sequence of its own, which ends there: for templates that rewrite earlier turns (Qwen3)."""
 
 
 def training_source(path: str | Sequence[str], config: TextConfig) -> Examples | Turns:
@@ -59,7 +64,7 @@ def sequence_encoder(
 
     With `train_on="each"` the examples have to be those of `training_source`.
     """
-    template = _template(config, tokenizer)
+    template = _template_of(config, tokenizer)
     train_on: Literal["all", "last"] = "all" if config.train_on == "all" else "last"
 
     def ids_and_mask(example: Example) -> tuple[list[int], list[bool]]:
@@ -88,7 +93,7 @@ def sequence_encoder(
 
 def prompt_encoder(config: TextConfig, tokenizer: Tokenizer) -> Callable[[Example], np.ndarray]:
     """A function from an example to the ids that generation starts from ([length] int32)."""
-    template = _template(config, tokenizer)
+    template = _template_of(config, tokenizer)
 
     def encode(example: Example) -> np.ndarray:
         if example.messages is None and example.prompt is None:
@@ -117,9 +122,13 @@ def _opening(config: TextConfig, example: Example) -> list[dict[str, Any]]:
     return [*system, {"role": "user", "content": example.prompt or ""}]
 
 
-def _template(config: TextConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
-    if not config.chat and config.fields.messages is None:
-        return None
+def _template_of(config: TextConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
+    is_chat = config.chat or config.fields.messages is not None
+    return chat_template(config, tokenizer) if is_chat else None
+
+
+def chat_template(config: TextOptions, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template of a file, if the config names one, or of the tokenizer."""
     if config.chat_template is None:
         return ChatTemplate(tokenizer)
     path = Path(config.chat_template)

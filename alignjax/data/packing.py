@@ -28,7 +28,8 @@ def pack(
     Returns:
       Token rows, a dict of [R, T]: the keys of the sequences (0 where nothing lies; without any
       sequence, `tokens` and `mask`), `segment_ids` (int32; 0 on padding, 1, 2, ... along the row)
-      and `positions` (int32; from 0 in each segment); and how many sequences were used.
+      and `positions` (int32; from 0 in each segment, unless the sequences bring their own); and how
+      many sequences were used.
     Raises:
       ValueError: on a sequence that is empty, longer than `row_len`, with arrays of several
         lengths, with other keys than the first, or with its first token in the mask.
@@ -60,7 +61,7 @@ def pack(
         segment_ids[row, start:stop] = segments[row]
         positions[row, start:stop] = count[:length]
         num_used += 1
-    return {**rows, "segment_ids": segment_ids, "positions": positions}, num_used
+    return {"positions": positions, **rows, "segment_ids": segment_ids}, num_used
 
 
 def _check(

@@ -187,8 +187,8 @@ def token_rows(
     num_rows = num_micro_batches * rows
 
     def encode_at(index: int) -> dict[str, np.ndarray] | None:
-        sequence = _located(source, index, encode)
-        if not _fits(source, index, len(sequence["tokens"]), row_len, overlong):
+        sequence = located(source, index, encode)
+        if not fits(source, index, len(sequence["tokens"]), row_len, overlong):
             return None
         if not sequence["mask"].any():
             raise UserError(
@@ -252,10 +252,10 @@ def examples(
     """
 
     def encode_at(index: int) -> Prompt | None:
-        prompt = _located(source, index, lambda example: Prompt(encode(example), example))
+        prompt = located(source, index, lambda example: Prompt(encode(example), example))
         if len(prompt.tokens) == 0:
             raise UserError(f"{source.where(index)}: the prompt has no tokens")
-        return prompt if _fits(source, index, len(prompt.tokens), prompt_len, overlong) else None
+        return prompt if fits(source, index, len(prompt.tokens), prompt_len, overlong) else None
 
     def take(pending: Callable[[int], list[Any]]) -> tuple[list[Prompt], int] | None:
         prompts = pending(num_prompts)[:num_prompts]
@@ -280,7 +280,7 @@ def _all_dropped(num: int) -> UserError:
     )
 
 
-def _located(source: Source, index: int, encode: Callable[[Any], T]) -> T:
+def located(source: Source, index: int, encode: Callable[[Any], T]) -> T:
     record = source[index]
     try:
         return encode(record)
@@ -288,7 +288,7 @@ def _located(source: Source, index: int, encode: Callable[[Any], T]) -> T:
         raise UserError(f"{source.where(index)}: {error}") from error
 
 
-def _fits(source: Source, index: int, length: int, limit: int, overlong: Overlong) -> bool:
+def fits(source: Source, index: int, length: int, limit: int, overlong: Overlong) -> bool:
     if length <= limit:
         return True
     what = f"{source.where(index)}: {length} tokens, but only {limit} fit"

@@ -144,7 +144,7 @@ def make_example(record: Record, fields: Fields, where: Any) -> Example:
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise UserError(
                     f"{where()}: {name}: field {key!r}: expected text or a number, "
-                    f"came {_kind(value)}"
+                    f"came {kind(value)}"
                 )
             values[key] = str(value)
         return _fill(template, values)
@@ -153,13 +153,16 @@ def make_example(record: Record, fields: Fields, where: Any) -> Example:
     messages = reference = tools = None
     if fields.messages is not None:
         messages = look_up("messages", fields.messages)
-        _check_messages(messages, f"field {fields.messages!r}", where)
+        try:
+            check_messages(messages, f"field {fields.messages!r}")
+        except UserError as error:
+            raise UserError(f"{where()}: {error}") from error
     if fields.tools is not None:
         tools = look_up("tools", fields.tools)
         if tools is not None and not isinstance(tools, list):
             raise UserError(
                 f"{where()}: tools: field {fields.tools!r}: expected a list or null, "
-                f"came {_kind(tools)}"
+                f"came {kind(tools)}"
             )
     if fields.reference is not None:
         if fields.reference_pattern is not None or "{" in fields.reference:
@@ -184,28 +187,28 @@ def make_example(record: Record, fields: Fields, where: Any) -> Example:
     )
 
 
-def _check_messages(messages: Any, name: str, where: Any) -> None:
+def check_messages(messages: Any, name: str) -> None:
+    """Raises UserError, which begins with `name`, unless it is a list of chat messages."""
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where()}: {name}: expected a list of messages, came {_kind(messages)}")
+        raise UserError(f"{name}: expected a list of messages, came {kind(messages)}")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message:
             raise UserError(
-                f'{where()}: {name}[{i}]: expected {{"role": ..., "content": ...}}, '
-                f"came {_kind(message)}"
+                f'{name}[{i}]: expected {{"role": ..., "content": ...}}, came {kind(message)}'
             )
         if message["role"] not in ROLES:
             raise UserError(
-                f"{where()}: {name}[{i}].role: expected one of {', '.join(ROLES)}, "
+                f"{name}[{i}].role: expected one of {', '.join(ROLES)}, "
                 f"came {_shown(message['role'])}"
             )
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise UserError(
-                f"{where()}: {name}[{i}].content: expected text, "
-                f"came {_kind(message.get('content'))}"
+                f"{name}[{i}].content: expected text, came {kind(message.get('content'))}"
             )
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """A value as a message names it: its type, and what it is, cut if long."""
     if value is None:
         return "nothing (null)"
     return f"{type(value).__name__} {_shown(value)}"

@@ -1,0 +1,181 @@
+"""`Preference` -> `Comparison`: completions of one prompt that a loss takes together.
+
+A view of preferences is a source; its places, 0 to `len`, stay the same from run to run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from alignjax.core.errors import UserError
+from alignjax.data.preferences import Preference
+from alignjax.data.sources import Source
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One element: a prompt with completions that are judged together."""
+
+    prompt: str | list[dict[str, Any]]
+    responses: list[str]
+    ranks: tuple[int, ...]
+    """One for each response: 1 the best; equal ones are not compared."""
+    margin: float = 0.0
+    """Of a pair: how much better the first is, in reward units."""
+    label: bool | None = None
+    """Of a single response: whether it is good."""
+
+
+class View:
+    """A source of `Comparison`.
+
+    Attributes:
+      num_responses: K, the most that one of them has.
+      num_left_out: preferences that say nothing of the kind that the view shows.
+    """
+
+    def __init__(self, preferences: Source, found: Sequence[tuple[int, Comparison]], remedy: str):
+        """Args: found: comparisons, each with the preference that it is of; remedy: if none is."""
+        if not found:
+            raise UserError(
+                f"data: {preferences.where(0)} and the {len(preferences) - 1} others: {remedy}"
+            )
+        self._preferences, self._found = preferences, found
+        self.num_responses = max(len(comparison.responses) for _, comparison in found)
+        self.num_left_out = len(preferences) - len({index for index, _ in found})
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, index: int) -> Comparison:
+        return self._found[index][1]
+
+    def where(self, index: int) -> str:
+        return self._preferences.where(self._found[index][0])
+
+
+def rankings(preferences: Source) -> View:
+    """All judged responses of a prompt in one comparison; each of `choices` is one of two.
+
+    What says nothing on which of two responses is better, such as nothing but ties, is left out.
+    """
+    found = [
+        (index, one)
+        for index in range(len(preferences))
+        for one in _ranked(preferences[index])
+        if len(set(one.ranks)) > 1
+    ]
+    return View(preferences, found, "none says of two responses which is better")
+
+
+def pairs(
+    preferences: Source,
+    which: Literal["all", "best_worst"] = "all",
+    *,
+    margin: str | None = None,
+    margin_scale: float = 1.0,
+) -> View:
+    """Comparisons of two responses, the better one first.
+
+    Args:
+      preferences: a source of `Preference`.
+      which: all pairs of unlike rank; or the best response against the worst, and where several
+        are, the first best against the last worst.
+      margin: of `bradley_terry_margin`: "scores", the difference of both scores; or the name of a
+        field of the records that holds a number; None: 0.
+      margin_scale: what that is multiplied by.
+    Raises:
+      UserError: if no preference has a pair, or one lacks its margin.
+    """
+    found = []
+    for index in range(len(preferences)):
+        preference = preferences[index]
+        for ranking in _ranked(preference):
+            for i, j in _of_unlike_rank(ranking.ranks, which):
+                pair = [ranking.responses[i], ranking.responses[j]]
+                try:
+                    value = 0.0 if margin is None else _margin(preference, pair, margin)
+                except UserError as error:
+                    raise UserError(f"{preferences.where(index)}: {error}") from error
+                one = Comparison(preference.prompt, pair, (1, 2), margin_scale * value)
+                found.append((index, one))
+    return View(preferences, found, "none says of two responses which is better")
+
+
+def unpaired(preferences: Source) -> View:
+    """Single responses with a label.
+
+    Of other judgements the best response (each better one of `choices`) counts as good and the
+    worst as bad; those in between, and ties of all, say neither.
+    """
+    found = []
+    for index in range(len(preferences)):
+        preference = preferences[index]
+        for response, label in dict.fromkeys(_labelled(preference)):
+            one = Comparison(preference.prompt, [response], (1,), label=label)
+            found.append((index, one))
+    return View(preferences, found, "none says of a response whether it is good")
+
+
+def _ranked(preference: Preference) -> Iterator[Comparison]:
+    """The rankings that a preference makes, without the responses that nobody judged."""
+    if preference.choices is not None:
+        for pair in preference.choices:
+            responses = [preference.responses[i] for i in pair]
+            yield Comparison(preference.prompt, responses, (1, 2))
+        return
+    values: Sequence[float | None]
+    if preference.ranks is not None:
+        values = [-rank for rank in preference.ranks]
+    else:
+        values = preference.labels if preference.scores is None else preference.scores  # type: ignore[assignment]
+    judged = [i for i, value in enumerate(values) if value is not None]
+    order = sorted({values[i] for i in judged}, reverse=True)  # type: ignore[type-var]
+    yield Comparison(
+        preference.prompt,
+        [preference.responses[i] for i in judged],
+        tuple(1 + order.index(values[i]) for i in judged),
+    )
+
+
+def _of_unlike_rank(ranks: Sequence[int], which: str) -> list[tuple[int, int]]:
+    """Places of (better, worse)."""
+    places = range(len(ranks))
+    if which == "all":
+        return [(i, j) for i, j in itertools.product(places, places) if ranks[i] < ranks[j]]
+    best = min(places, key=lambda i: ranks[i])
+    worst = max(reversed(places), key=lambda i: ranks[i])
+    return [(best, worst)] if ranks[best] < ranks[worst] else []
+
+
+def _labelled(preference: Preference) -> Iterator[tuple[str, bool]]:
+    if preference.labels is not None:
+        for response, label in zip(preference.responses, preference.labels, strict=True):
+            if label is not None:
+                yield response, label
+        return
+    for ranking in _ranked(preference):
+        best, worst = min(ranking.ranks), max(ranking.ranks)
+        for response, rank in zip(ranking.responses, ranking.ranks, strict=True):
+            if best < worst and rank in (best, worst):
+                yield response, rank == best
+
+
+def _margin(preference: Preference, pair: Sequence[str], name: str) -> float:
+    if name != "scores":
+        value = preference.fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            there = ", ".join(map(repr, preference.fields)) or "none"
+            raise UserError(
+                f"margin: expected a number in field {name!r}, came {value!r} (fields there: "
+                f"{there})"
+            )
+        return float(value)
+    if preference.scores is None:
+        raise UserError('margin: "scores" needs records that are judged by scores')
+    better, worse = (preference.scores[preference.responses.index(text)] for text in pair)
+    assert better is not None and worse is not None, "only what is judged is ranked"
+    return better - worse
