@@ -10,6 +10,7 @@ from alignjax.data.encode import (
     sequence_encoder,
     training_source,
 )
+from alignjax.data.layouts import LAYOUTS, open_preferences, write_preferences
 from alignjax.data.packing import pack
 from alignjax.data.pipeline import Prompt, RecordIterator, examples, token_rows
 from alignjax.data.preferences import Preference, Preferences
@@ -19,6 +20,7 @@ from alignjax.data.texts import texts
 from alignjax.data.turns import Turns
 
 __all__ = [
+    "LAYOUTS",
     "Comparison",
     "Element",
     "Example",
@@ -38,6 +40,7 @@ __all__ = [
     "comparison_rows",
     "examples",
     "most_in_row",
+    "open_preferences",
     "open_source",
     "pack",
     "pairs",
@@ -48,4 +51,5 @@ __all__ = [
     "token_rows",
     "training_source",
     "unpaired",
+    "write_preferences",
 ]

@@ -114,10 +114,19 @@ def unpaired(preferences: Source) -> View:
     found = []
     for index in range(len(preferences)):
         preference = preferences[index]
-        for response, label in dict.fromkeys(_labelled(preference)):
+        for response, label in dict.fromkeys(labelled(preference)):
             one = Comparison(preference.prompt, [response], (1,), label=label)
             found.append((index, one))
     return View(preferences, found, "none says of a response whether it is good")
+
+
+def ranked_pairs(preference: Preference) -> list[tuple[str, str]]:
+    """All two responses of unlike rank, the better one first."""
+    return [
+        (ranking.responses[i], ranking.responses[j])
+        for ranking in _ranked(preference)
+        for i, j in _of_unlike_rank(ranking.ranks, "all")
+    ]
 
 
 def _ranked(preference: Preference) -> Iterator[Comparison]:
@@ -151,7 +160,8 @@ def _of_unlike_rank(ranks: Sequence[int], which: str) -> list[tuple[int, int]]:
     return [(best, worst)] if ranks[best] < ranks[worst] else []
 
 
-def _labelled(preference: Preference) -> Iterator[tuple[str, bool]]:
+def labelled(preference: Preference) -> Iterator[tuple[str, bool]]:
+    """Responses of which it is said whether they are good; see `unpaired`."""
     if preference.labels is not None:
         for response, label in zip(preference.responses, preference.labels, strict=True):
             if label is not None:

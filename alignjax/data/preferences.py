@@ -1,14 +1,10 @@
 """Records of what people preferred -> `Preference`, every one checked before anything is trained.
 
-The native record, of which the layouts of others (`data.layouts`) are rewritings:
-
-  {"prompt": text or messages, "responses": [text, ...], and one of
-   "ranks": [1, 2, 2], "choices": [[0, 1], [2, 1]], "labels": [true, null], "scores": [4.5, 3.0]}
+How records spell it is a matter of `data.layouts`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import logging
 import math
@@ -72,7 +68,7 @@ class Preferences:
 
         Args:
           source: of records.
-          read: record -> `Preference`, such as `data.layouts.reader(source)`.
+          read: record -> `Preference`, such as `data.native.from_native`.
           annotators: who may have judged; None: anybody.
           faulty: whether a record that is wrong is an error, or left out, counted and logged.
         Raises:
@@ -115,43 +111,6 @@ class Preferences:
         except UserError as error:
             raise UserError(f"{self._source.where(index)}: {error}") from error
         return found
-
-
-def from_native(record: Record) -> Preference:
-    """The native record. A key whose value is null is as one that is not there."""
-    present = {key: value for key, value in record.items() if value is not None}
-    if missing := [key for key in ("prompt", "responses") if key not in present]:
-        raise UserError(
-            f"no {' and no '.join(missing)} (fields there: {', '.join(record) or 'none'}); a "
-            f'record of preferences has "prompt", "responses" and one of {", ".join(JUDGEMENTS)}'
-        )
-    return made(present, ("prompt", "responses", *JUDGEMENTS), **{
-        key: present[key] for key in ("prompt", "responses", *JUDGEMENTS) if key in present
-    })  # fmt: skip
-
-
-def made(record: Record, used: Collection[str], **parts: Any) -> Preference:
-    """A preference of `parts`, with what else stands in the record besides the keys `used`.
-
-    Messages lose the keys that are null: a Parquet file has every key in every message.
-    """
-    if isinstance(prompt := parts["prompt"], list):
-        parts["prompt"] = [
-            {key: value for key, value in message.items() if value is not None}
-            if isinstance(message, dict)
-            else message
-            for message in prompt
-        ]
-    rest = {k: v for k, v in record.items() if k not in used and v is not None}
-    noted = {key: rest.pop(key) for key in OPTIONAL if key in rest}
-    return Preference(**parts, **noted, fields=rest)
-
-
-def to_native(preference: Preference) -> Record:
-    """The record that `from_native` reads."""
-    record = dataclasses.asdict(preference)
-    fields = record.pop("fields")
-    return {k: v for k, v in record.items() if v is not None} | fields
 
 
 def check(preference: Preference, annotators: Collection[str] | None = None) -> None:
