@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Z95 = 1.959963984540054
-"""Two-sided 95% quantile of the normal distribution."""
+from alignjax.core.intervals import Z95, clustered_interval
 
 
 @dataclass(frozen=True)
@@ -111,38 +110,6 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> Estimate:
     half = Z95 * np.sqrt(((d**2).sum() + 1) / (P + 2) - center**2) / np.sqrt(P + 2)
     low, high = max(-1.0, center - half), min(1.0, center + half)
     return Estimate(float(d.mean()), float(low), float(high), P, after.shape[1])
-
-
-def clustered_interval(values: np.ndarray, num_samples: int) -> tuple[float, float]:
-    """95% interval for the mean of P values in [0, 1]: Wilson's, at the effective sample size.
-
-    With p the mean of the P values and s^2 their variance (P - 1 below), p's standard error is
-    s / sqrt(P), which holds however alike the samples of a problem are. The number of independent
-    samples with this error is N = p (1 - p) P / s^2, never below P - 1 and taken as P num_samples
-    if above. N = P with one sample per problem, and at p = 0 or 1, where s says nothing. The
-    interval is Wilson's:
-    (p + z^2 / 2N +- z sqrt(p (1 - p) / N + z^2 / 4N^2)) / (1 + z^2 / N).
-    Of one problem nothing can be said: [0, 1].
-
-    Args:
-      values: [P] float64.
-      num_samples: independent samples behind each value, at most.
-    Source: Wilson, JASA 22 (1927), 209-212; the effective size: Korn and Graubard, Survey
-      Methodology 24 (1998), 193-201.
-    """
-    P, p = len(values), float(np.mean(values))
-    if P == 1:
-        return 0.0, 1.0
-    spread = p * (1 - p)
-    variance = float(np.var(values, ddof=1))
-    if spread <= 1e-12 or num_samples == 1:
-        N = float(P)
-    else:
-        N = float(P * min(spread / max(variance, 1e-300), num_samples))
-    center = (p + Z95**2 / (2 * N)) / (1 + Z95**2 / N)
-    half = Z95 / (1 + Z95**2 / N) * np.sqrt(spread / N + Z95**2 / (4 * N**2))
-    # p itself is always inside, but for the last bit at 0 and 1
-    return max(0.0, min(p, center - half)), min(1.0, max(p, center + half))
 
 
 def _estimate(values: np.ndarray, n: int, k: int = 1) -> Estimate:

@@ -41,7 +41,7 @@ def test_an_empty_prompt(tokenizer):
 
 
 TEMPLATE = (
-    "{% for m in messages %}{{ {'user': '+', 'assistant': '-'}[m.role] }}{{ m.content }}{{ eos_token }} "
+    "{% for m in messages %}{{ '+' if m.role == 'user' else '-' }}{{ m.content }}{{ eos_token }} "
     "{% endfor %}{% if add_generation_prompt %}-{% endif %}"
 )
 
