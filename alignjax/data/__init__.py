@@ -1,7 +1,7 @@
 """Files of records -> token rows and prompts on the host, with a position. Imports no jax."""
 
 from alignjax.data.comparison_rows import branch_segments, comparison_rows, most_in_row
-from alignjax.data.comparisons import Comparison, View, pairs, rankings, unpaired
+from alignjax.data.comparisons import Comparison, View, all_responses, pairs, rankings, unpaired
 from alignjax.data.elements import Element, comparison_encoder
 from alignjax.data.encode import (
     TextConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "TextOptions",
     "Turns",
     "View",
+    "all_responses",
     "branch_segments",
     "comparison_encoder",
     "comparison_rows",

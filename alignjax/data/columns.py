@@ -78,6 +78,23 @@ def to_unpaired(preference: Preference) -> list[Record]:
     ]
 
 
+def from_demonstration(record: Record) -> Preference:
+    """prompt, completion: each text, or each messages. It shows how it is done: it is good."""
+    prompt, completion = taken(record, "prompt", "completion")
+    responses = [_reply(completion, "completion")]
+    return made(record, ("completion",), prompt=prompt, responses=responses, labels=[True])
+
+
+def to_demonstration(preference: Preference) -> list[Record]:
+    """A record for each response that is good."""
+    prompt, say = preference.prompt, _says(preference)
+    return [
+        {"prompt": prompt, "completion": say(text)} | noted(preference)
+        for text, is_good in labelled(preference)
+        if is_good
+    ]
+
+
 def _common_prompt(a: str, b: str) -> str:
     """What both begin with, without the space or the part of a word that it ends in."""
     common = a[: common_length(a, b)]

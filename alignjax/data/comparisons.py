@@ -120,6 +120,16 @@ def unpaired(preferences: Source) -> View:
     return View(preferences, found, "none says of a response whether it is good")
 
 
+def all_responses(preferences: Source) -> View:
+    """All responses of a prompt in one comparison, whatever was said of them: all of rank 1."""
+    found = []
+    for index in range(len(preferences)):
+        preference = preferences[index]
+        ranks = (1,) * len(preference.responses)
+        found.append((index, Comparison(preference.prompt, preference.responses, ranks)))
+    return View(preferences, found, "none has a response")
+
+
 def ranked_pairs(preference: Preference) -> list[tuple[str, str]]:
     """All two responses of unlike rank, the better one first."""
     return [

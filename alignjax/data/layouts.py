@@ -15,9 +15,11 @@ from pathlib import Path
 
 from alignjax.core.errors import UserError
 from alignjax.data.columns import (
+    from_demonstration,
     from_implicit,
     from_pairs,
     from_unpaired,
+    to_demonstration,
     to_implicit,
     to_pairs,
     to_unpaired,
@@ -92,7 +94,7 @@ def write_preferences(
       path: its suffix says which.
       preferences: what to write; checked as when they are read.
       layout: of `LAYOUTS`. Those of pairs get a record for each pair of unlike rank, "unpaired" one
-        for each label.
+        for each label, "demonstrations" one for each good response.
     Raises:
       UserError: if a preference is wrong, or the layout or kind of file cannot hold it.
     """
@@ -193,6 +195,11 @@ LAYOUTS: dict[str, Layout] = {
     "unpaired": Layout(
         "prompt, completion, label", _has("prompt", "completion", "label"), from_unpaired,
         to_unpaired,
+    ),
+    "demonstrations": Layout(
+        "prompt, completion, all of them good",
+        lambda r: _has("prompt", "completion")(r) and "label" not in r,
+        from_demonstration, to_demonstration,
     ),
     "hh": Layout(
         f"chosen, rejected, transcripts from {HUMAN!r} on",

@@ -178,16 +178,25 @@ class Policy:
           files: `dtype` and `max_shard_bytes`, as of `models.save`.
         """
         model = lora.plain(self.model)
-        if self.frozen is not None:
-            params = self._sharded(lora.merge, model.logical_axes(), self.whole(params))
-        extra = {
+        with appearing(path) as temporary:
+            save(temporary, model, self.merged(params), extra_config=self.token_ids, **files)
+            self.tokenizer.save(str(temporary))
+
+    def merged(self, params: Params) -> Params:
+        """The parameters of a model without adapters that computes the same."""
+        if self.frozen is None:
+            return params
+        axes = lora.plain(self.model).logical_axes()
+        return self._sharded(lora.merge, axes, self.whole(params))
+
+    @property
+    def token_ids(self) -> dict[str, Any]:
+        """Of the tokenizer, as config.json has them."""
+        return {
             "bos_token_id": self.tokenizer.bos_id,
             "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else [*self.eos_ids],
             "pad_token_id": self.tokenizer.pad_id,
         }
-        with _appearing(path) as temporary:
-            save(temporary, model, params, extra_config=extra, **files)
-            self.tokenizer.save(str(temporary))
 
     def export_adapter(self, params: Params, path: Path) -> None:
         """Writes the adapters as a directory of PEFT; it appears whole or not at all.
@@ -200,7 +209,7 @@ class Policy:
                 "the run trained all weights (no model.lora), so there is no adapter: export the "
                 "model, without --adapter"
             )
-        with _appearing(path) as temporary:
+        with appearing(path) as temporary:
             peft.save(temporary, self.model, params, base=str(self._source.path))
 
     def _sharded(self, function: Callable[..., Params], axes: Any, *args: Any) -> Params:
@@ -211,7 +220,7 @@ class Policy:
 
 
 @contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
+def appearing(path: Path) -> Iterator[Path]:
     """A directory to write into, which becomes `path` at the end."""
     temporary = path.with_name(f".{path.name}.tmp")
     if temporary.exists():

@@ -5,9 +5,12 @@ from typing import Any
 from alignjax.phases.common import PhaseConfig
 from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
+from alignjax.phases.reward import Reward
+from alignjax.phases.reward_config import RewardPhaseConfig
 from alignjax.phases.sft import Sft, SftConfig
 
 PHASES: dict[str, tuple[type[PhaseConfig], type[Any]]] = {
     "sft": (SftConfig, Sft),
+    "reward": (RewardPhaseConfig, Reward),
     "grpo": (GrpoConfig, Grpo),
 }

@@ -22,6 +22,7 @@ from alignjax.core.yaml_tree import Key
 from alignjax.data import open_source, texts
 from alignjax.phases.common import PhaseConfig
 from alignjax.phases.grpo_config import GrpoConfig
+from alignjax.phases.reward_config import RewardPhaseConfig
 from alignjax.phases.sft import SftConfig
 from alignjax.recipes.stage import check_same, claim, lock, run_phase
 from alignjax.text import train_sentencepiece
@@ -54,7 +55,8 @@ class TokenizerConfig(Config):
 
 
 Stage = Annotated[
-    FilesConfig | TokenizerConfig | SftConfig | GrpoConfig, Field(discriminator="phase")
+    FilesConfig | TokenizerConfig | SftConfig | RewardPhaseConfig | GrpoConfig,
+    Field(discriminator="phase"),
 ]
 
 

@@ -26,7 +26,15 @@ from alignjax.train.loop import train
 from alignjax.train.metrics import read_metrics, replace_file
 from alignjax.train.progress import Progress
 
-INPUTS = ("model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "sources")
+INPUTS = (
+    "model.path",
+    "model.adapter",
+    "tokenizer",
+    "data.train",
+    "data.eval",
+    "data.reference",
+    "sources",
+)
 """Keys of configs whose values are files or directories that a run reads."""
 
 

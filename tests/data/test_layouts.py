@@ -155,6 +155,7 @@ HELD = {
     "unpaired": [
         Preference("Hi", ["a"], labels=[True], **NOTED), Preference("Ho", ["b"], labels=[False])
     ],
+    "demonstrations": [Preference("Hi", ["a"], labels=[True], **NOTED)],
     "ultrafeedback": SCORED, "ultrafeedback_fine": SCORED,
 }  # fmt: skip
 
