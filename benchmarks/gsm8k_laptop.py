@@ -28,6 +28,7 @@ from alignjax.evals.accuracy import Z95, Estimate, paired_difference
 from alignjax.evals.run import EvalConfig, Report, evaluate
 from alignjax.models import load as load_model
 from alignjax.phases.grpo_config import GrpoConfig
+from alignjax.phases.scoring import Rewards
 from alignjax.recipes.graph import RecipeConfig, run_recipe
 from alignjax.train.metrics import read_metrics
 
@@ -75,7 +76,8 @@ def sample(stage: GrpoConfig, model: str, num_samples: int) -> Report:
             max_prompt_tokens=stage.rollout.max_prompt_tokens,
             max_tokens=stage.rollout.max_tokens,
             max_rows=256,
-        )
+        ),
+        Rewards,
     )
 
 

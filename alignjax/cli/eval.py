@@ -47,7 +47,9 @@ def main(args: argparse.Namespace) -> None:
     from alignjax.cli.runtime import prepare
 
     prepare()
-    report = evaluate(config)
+    from alignjax.phases.scoring import Rewards
+
+    report = evaluate(config, Rewards)
     for name, estimate in report.estimates.items():
         print(f"{name:<10} {estimate}")
     print(

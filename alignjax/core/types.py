@@ -120,6 +120,10 @@ class Sample:
     """Length of the completion in tokens, stop token included."""
     is_truncated: bool = False
     """True if the limit on tokens, not a stop token, ended it."""
+    prompt_ids: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """[P] int32; what a reward model reads, never the text encoded anew."""
+    completion_ids: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """[C] int32; as sampled, stop token included."""
 
 
 @dataclass(frozen=True)

@@ -2,28 +2,29 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.sharding import Mesh
 from pydantic import Field, field_validator
 
 from alignjax.core.config import Config
 from alignjax.core.errors import UserError
 from alignjax.core.precision import compute_dtype
-from alignjax.core.types import Sampling
+from alignjax.core.types import Sampling, ScoreFn
 from alignjax.data import Examples, TextConfig, examples, open_source, prompt_encoder
 from alignjax.evals.accuracy import Estimate, maj_at_k, pass_at_1, pass_at_k
 from alignjax.generate import make_generate
 from alignjax.models import load, load_eos_ids
 from alignjax.rewards.answers import find_answer, visible
 from alignjax.rewards.combine import RewardConfig
-from alignjax.rewards.pool import RewardPool
 from alignjax.rewards.rollout import Rollouts, Task, rollout
 from alignjax.sharding import MeshConfig, make_mesh
-from alignjax.text import check_fits, load_tokenizer, stop_ids
+from alignjax.text import HFTokenizer, check_fits, load_tokenizer, stop_ids
 
 
 class EvalConfig(Config):
@@ -93,11 +94,18 @@ class Report:
         }
 
 
-def evaluate(config: EvalConfig) -> Report:
+MakeRewards = Callable[[RewardConfig, HFTokenizer, Mesh], AbstractContextManager[ScoreFn]]
+"""What makes a ScoreFn of a config, the policy's tokenizer and the devices of reward models."""
+
+
+def evaluate(config: EvalConfig, make_rewards: MakeRewards) -> Report:
     """Samples n answers of each problem and scores them.
 
     A sample whose reward failed counts as wrong here, and is counted: leaving it out would make a
     model look better for answers that break the verifier.
+
+    Args:
+      make_rewards: such as `phases.scoring.Rewards`.
     """
     mesh = make_mesh(MeshConfig())
     dtype = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
@@ -131,7 +139,7 @@ def evaluate(config: EvalConfig) -> Report:
         stop_tokens=stop_ids(tokenizer, config.stop_tokens, load_eos_ids(config.model)),
         num_samples=config.num_samples,
     )
-    with RewardPool(config.rewards) as score:
+    with make_rewards(config.rewards, tokenizer, mesh) as score:
         out = rollout(
             make_generate(model, mesh=mesh, max_rows=config.max_rows),
             score,

@@ -28,8 +28,8 @@ from alignjax.losses.ratio import capped_exp, token_log_ratio
 from alignjax.models import Model
 from alignjax.phases.common import Policy, rows_per_process, score_tokens
 from alignjax.phases.grpo_config import AlgorithmConfig, GrpoConfig
+from alignjax.phases.scoring import Rewards
 from alignjax.rewards.combine import too_many_failures
-from alignjax.rewards.pool import RewardPool
 from alignjax.rewards.rollout import Rollouts, Task, rollout
 from alignjax.sharding import batch_shards, copied, put_batch
 from alignjax.text import stop_ids
@@ -123,7 +123,10 @@ class Grpo:
         )
         self._generate = make_generate(model, mesh=mesh, max_rows=rollout.max_rows)
         log_path = Path(config.output_dir) / config.name / "rewards.log"
-        self._score = RewardPool(config.rewards, log_path=log_path)
+        self._score = Rewards(
+            config.rewards, tokenizer, mesh,
+            max_tokens=rollout.max_prompt_tokens + rollout.max_tokens, log_path=log_path,
+        )  # fmt: skip
         # Under LoRA a reference that stays is the base: no second copy of the weights.
         self._reference: Params | None = None
         is_base = self._policy.frozen is not None and not algorithm.reference_every
@@ -204,7 +207,7 @@ class Grpo:
             raise StopRunError(reason)
         sequences, metrics = self._sequences(state, rounds)
         errors = [score.error for score in scores if score.error is not None]
-        warnings = []
+        warnings = list(self._score.warnings) if step == 0 else []
         if errors:
             what = f"{len(errors)} of {len(scores)} samples have no reward and are left out"
             warnings.append(f"{what}: {errors[0]}")
@@ -270,8 +273,8 @@ class Grpo:
             return np.pad(found, width, constant_values=missing)
 
         def parts(r: Rollouts) -> np.ndarray:
-            functions = config.rewards.functions.items()
-            return np.stack([f.weight * r.part(name) for name, f in functions], axis=2)
+            weights = config.rewards.weights.items()
+            return np.stack([weight * r.part(name) for name, weight in weights], axis=2)
 
         rewards = of_all(lambda r: r.rewards, np.nan)
         lengths = of_all(lambda r: r.completions.lengths.reshape(r.rewards.shape), 0)

@@ -27,15 +27,12 @@ from alignjax.train.metrics import read_metrics, replace_file
 from alignjax.train.progress import Progress
 
 INPUTS = (
-    "model.path",
-    "model.adapter",
-    "tokenizer",
-    "data.train",
-    "data.eval",
-    "data.reference",
-    "sources",
-)
-"""Keys of configs whose values are files or directories that a run reads."""
+    "model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "data.reference",
+    "sources", "rewards.models.*.path", "critic.path", "ptx.train",
+)  # fmt: skip
+"""Keys of configs whose values are files or directories that a run reads; * is any key."""
+MODELS = ("model.path", "tokenizer", "rewards.models.*.path", "critic.path")
+"""Those that may name a model of the Hub."""
 
 
 def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
@@ -138,18 +135,25 @@ def digests(config: Config, keys: Sequence[str] = INPUTS) -> dict[str, str]:
     here. One that is gone may be: who needs it will say so."""
     found = {}
     for key in keys:
-        value = to_dict(config)
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        for name in [value] if isinstance(value, str) else value or ():
+        for name in _values(to_dict(config), key.split(".")):
             here = Path(name).expanduser()
-            is_model = key in ("model.path", "tokenizer")
+            is_model = key in MODELS
             path = resolve(name, TOKENIZER_FILES) if is_model else here
             if path != here:  # A snapshot from the Hub bears the name of its commit.
                 found[f"{key} {name}"] = path.name
             elif path.exists():
                 found[f"{key} {name}"] = _digest(path)
     return found
+
+
+def _values(tree: Any, keys: Sequence[str]) -> list[str]:
+    """The texts that stand under the keys: one, a list of them, or none."""
+    if not keys:
+        return [tree] if isinstance(tree, str) else list(tree or ())
+    if not isinstance(tree, dict):
+        return []
+    below = tree.values() if keys[0] == "*" else [tree.get(keys[0])]
+    return [name for value in below for name in _values(value, keys[1:])]
 
 
 def _digest(path: Path) -> str:

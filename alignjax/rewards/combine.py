@@ -1,12 +1,12 @@
-"""Named, weighted reward functions (a config) and what each returned -> one score."""
+"""Named, weighted rewards (a config) and what each returned -> one score."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from alignjax.core.config import Config
 from alignjax.core.types import Score
@@ -32,22 +32,66 @@ class FunctionConfig(Config):
     args: dict[str, JsonValue] = Field(default_factory=dict)
 
 
+class RewardModelConfig(Config):
+    """One reward model, whose score counts as (score - mean) / std.
+
+    Attributes:
+      path: a directory that `phase: reward` wrote, or a classifier of transformers with one label
+        and its tokenizer, which must be the policy's.
+      weight: what its normalised score is multiplied by; 0 only logs it.
+      mean, std: of its scores on reference responses; null: those of reward.json in the directory.
+      compute_dtype: of its matrix products; auto: bfloat16 on TPU and GPU, float32 on CPU.
+    """
+
+    path: str
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    mean: float | None = Field(default=None, allow_inf_nan=False)
+    std: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="after")
+    def _is_both(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(
+                f"mean={self.mean}, std={self.std}: give both, or neither for those of reward.json"
+            )
+        return self
+
+
 class RewardConfig(Config):
-    """The reward: the weighted sum of functions.
+    """The reward: the weighted sum of functions and of reward models.
 
     Attributes:
       functions: by the name that the metrics use (`rewards/NAME/mean`).
+      models: likewise.
       timeout_s: limit on one call of one function, in seconds of wall clock.
       num_workers: processes that score.
       max_memory_mb: limit on the address space of a worker, in MiB; none if null.
       max_failure_frac: the share of failed samples, in [0, 1], above which the run stops.
     """
 
-    functions: dict[Name, FunctionConfig] = Field(min_length=1)
+    functions: dict[Name, FunctionConfig] = {}
+    models: dict[Name, RewardModelConfig] = {}
     timeout_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     num_workers: int = Field(default=2, ge=1)
     max_memory_mb: int | None = Field(default=None, ge=64)
     max_failure_frac: float = Field(default=0.2, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _is_there(self) -> Self:
+        if not (self.functions or self.models):
+            raise ValueError("expected at least one of functions and models, came neither")
+        if twice := sorted(self.functions.keys() & self.models.keys()):
+            raise ValueError(
+                f"{twice[0]!r} stands in functions and in models, and metrics could not tell them "
+                "apart: rename one"
+            )
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of each reward, by its name."""
+        return {name: reward.weight for name, reward in (self.functions | self.models).items()}
 
 
 def combine(config: RewardConfig, parts: Mapping[str, Mapping[str, float]]) -> Score:
@@ -66,10 +110,31 @@ def combine(config: RewardConfig, parts: Mapping[str, Mapping[str, float]]) -> S
         for name, named in parts.items()
         for part, number in named.items()
     }
+    return _finite(value, flat)
+
+
+def add_models(config: RewardConfig, score: Score, models: Mapping[str, Score]) -> Score:
+    """The score of the functions, plus weight x value of each reward model.
+
+    Args:
+      score: what `combine` gave; of value 0 where there are no functions.
+      models: by name what each reward model gave. One without a value leaves the sample without.
+    """
+    known = {name: one.value for name, one in models.items() if one.value is not None}
+    parts = {**score.parts, **known}
+    for one in (score, *models.values()):
+        if one.value is None:
+            return Score(None, parts, one.error)
+    assert score.value is not None
+    added = (config.models[name].weight * value for name, value in known.items())
+    return _finite(math.fsum((score.value, *added)), parts)
+
+
+def _finite(value: float, parts: Mapping[str, float]) -> Score:
     if not abs(value) <= MAX_REWARD:
-        why = f"the weighted sum of the rewards {flat} is {value}, which no float32 holds"
-        return Score(None, flat, why)
-    return Score(value, flat)
+        why = f"the weighted sum of the rewards {dict(parts)} is {value}, which no float32 holds"
+        return Score(None, parts, why)
+    return Score(value, parts)
 
 
 def too_many_failures(scores: Sequence[Score], max_failure_frac: float) -> str | None:

@@ -32,3 +32,8 @@ def _plain(value: Any) -> Any:
         case _ if hasattr(value, "tolist"):  # A NumPy array or scalar.
             return value.tolist()
     raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def short(text: str, limit: int = 80) -> str:
+    """The text in quotes, without its middle if it is long."""
+    return repr(text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}")

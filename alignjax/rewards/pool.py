@@ -30,7 +30,7 @@ import psutil
 from alignjax.core.errors import UserError
 from alignjax.core.types import Sample, Score
 from alignjax.rewards.combine import RewardConfig, combine
-from alignjax.rewards.plain import to_json
+from alignjax.rewards.plain import short, to_json
 
 STARTUP_S = 120.0
 """Limit on importing the reward functions."""
@@ -46,10 +46,17 @@ class RewardPool:
       log_path: file to which what the reward functions print is appended (its directory is made if
         missing); dropped if None.
     Raises:
-      UserError: if a function cannot be loaded.
+      UserError: if a function cannot be loaded, or the config names reward models, which are
+        scored elsewhere (`phases.scoring`).
     """
 
     def __init__(self, config: RewardConfig, *, log_path: Path | None = None) -> None:
+        if config.models or not config.functions:
+            raise UserError(
+                f"rewards: functions alone are scored here, but models has "
+                f"{', '.join(config.models) or 'none'} and functions has "
+                f"{', '.join(config.functions) or 'none'}; leave models out"
+            )
         self.config = config
         self._setup = {
             "functions": [[n, f.function, f.args] for n, f in config.functions.items()],
@@ -189,8 +196,8 @@ class _Round:
         sample, path = self.samples[index], self.config.functions[name].function
         self.scores[index] = Score(
             None,
-            error=f"reward {name!r} ({path}): {reason}; prompt {_short(sample.prompt)}, "
-            f"completion {_short(sample.completion)}",
+            error=f"reward {name!r} ({path}): {reason}; prompt {short(sample.prompt)}, "
+            f"completion {short(sample.completion)}",
         )
 
 
@@ -370,7 +377,3 @@ def _ending(status: int) -> str:
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
     hint = " (out of memory?)" if -status == signal.SIGKILL else ""
     return f"its worker process was ended by {name}{hint}"
-
-
-def _short(text: str, limit: int = 80) -> str:
-    return repr(text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}")

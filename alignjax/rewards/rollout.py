@@ -131,6 +131,8 @@ def rollout(
                 fields=task.fields or {},
                 num_tokens=int(length),
                 is_truncated=bool(reason == LENGTH),
+                prompt_ids=task.tokens,
+                completion_ids=ids[:length],
             )
         )
     return Rollouts(tasks, out, samples, score(samples))

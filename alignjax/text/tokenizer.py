@@ -83,6 +83,11 @@ class HFTokenizer:
         self.pad_id: int = eos_id if pad_id is None else pad_id
 
     @property
+    def vocab(self) -> dict[str, int]:
+        """Every token, added ones included, and its id."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    @property
     def chat_template(self) -> str | None:
         """Source of the chat template that came with the tokenizer."""
         template = self.config.get("chat_template")

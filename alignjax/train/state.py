@@ -1,6 +1,6 @@
 """Everything on the device that changes during a run, as one pytree."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ class TrainState(NamedTuple):
     """PRNG key of the run. It is never consumed: names and `step` are folded into it."""
     reference: Params | None = None
     """The reference policy where it is refreshed during the run, else None."""
+    extra: Any = None
+    """What else changes during a run, such as the coefficient of a KL: a pytree of arrays."""
 
 
 def create_state(
@@ -35,12 +37,15 @@ def create_state(
     key: Array,
     *,
     reference: Params | None = None,
+    extra: Any = None,
 ) -> TrainState:
     """The state before the first step, all of it on the devices of the params.
 
     Optimizer moments are created with the params' shardings; everything else is replicated.
     """
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, reference)
+    state = TrainState(
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), key, reference, extra
+    )
     sharding = jax.tree.leaves(params)[0].sharding
     if not isinstance(sharding, NamedSharding):
         return state

@@ -16,7 +16,7 @@ from alignjax.core.errors import UserError
 from alignjax.core.types import Score
 from alignjax.models import Model, ModelConfig, load, lora, save
 from alignjax.models.quantize import num_bytes
-from alignjax.phases import grpo
+from alignjax.phases import scoring
 from alignjax.phases.common import ModelSource
 from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
@@ -77,7 +77,7 @@ def make_grpo(world, monkeypatch, sizes=(1, 1, 1), model=None, **algorithm):
     def sevens(samples):
         return [Score(s.completion.count("7") / max(1, s.num_tokens)) for s in samples]
 
-    monkeypatch.setattr(grpo, "RewardPool", lambda config, **_: sevens)
+    monkeypatch.setattr(scoring, "RewardPool", lambda config, **_: sevens)
     values = {
         "phase": "grpo", **common(world, **(model or {})),
         "data": {

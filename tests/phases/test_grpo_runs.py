@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignjax.core.types import Score
-from alignjax.phases import grpo
+from alignjax.phases import scoring
 from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
 from alignjax.recipes import chains
@@ -34,7 +34,7 @@ def share_of_sevens(samples):
 @pytest.fixture
 def make(world, monkeypatch):
     def build(sizes=(1, 1, 1), rewards=share_of_sevens, **changes):
-        monkeypatch.setattr(grpo, "RewardPool", lambda config, **_: rewards)
+        monkeypatch.setattr(scoring, "RewardPool", lambda config, **_: rewards)
         values = {
             "phase": "grpo", "name": "x", "tokenizer": str(world / "tokenizer"),
             "model": {"init": {

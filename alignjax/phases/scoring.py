@@ -1,0 +1,211 @@
+"""RewardConfig -> one ScoreFn: functions in worker processes, reward models on the devices."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from alignjax.core.errors import UserError
+from alignjax.core.hub import resolve
+from alignjax.core.precision import compute_dtype
+from alignjax.core.types import Sample, Score
+from alignjax.data import pack
+from alignjax.models import load_reward
+from alignjax.rewards.combine import RewardConfig, RewardModelConfig, add_models
+from alignjax.rewards.plain import short
+from alignjax.rewards.pool import RewardPool
+from alignjax.sharding import batch_shards, put_batch
+from alignjax.text import HFTokenizer, load_tokenizer
+
+MOMENTS = "reward.json"
+"""{"mean", "std", "num"} of a reward model's scores on reference responses."""
+_SHORTEST_ROW = 64
+_ROW_TOKENS = 4096
+"""Tokens of the rows that one device scores at once, unless a single row has more."""
+
+
+class Rewards:
+    """A `ScoreFn`: the weighted sum of all rewards of a config. A context manager.
+
+    Attributes:
+      warnings: sentences for the user.
+    """
+
+    def __init__(
+        self,
+        config: RewardConfig,
+        tokenizer: HFTokenizer,
+        mesh: Mesh,
+        *,
+        max_tokens: int | None = None,
+        log_path: Path | None = None,
+    ):
+        """Args:
+          tokenizer: the policy's.
+          mesh: where reward models lie and are computed.
+          max_tokens: of prompt and completion together, at most; None: not known yet.
+          log_path: as of `RewardPool`.
+        Raises:
+          UserError: if a function or model cannot be loaded, a model has another tokenizer, or a
+            context of fewer than `max_tokens`.
+        """
+        self.config = config
+        self._models = {
+            name: RewardModel(name, model, tokenizer, mesh) for name, model in config.models.items()
+        }
+        for model in self._models.values():
+            model.check_context(max_tokens or 0)
+        self.warnings = [w for model in self._models.values() for w in model.warnings]
+        only_functions = config.model_copy(update={"models": {}})
+        self._pool = RewardPool(only_functions, log_path=log_path) if config.functions else None
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Score]:
+        """One score for each sample, in order."""
+        scores = [Score(0.0)] * len(samples) if self._pool is None else self._pool(samples)
+        by_model = {name: model(samples) for name, model in self._models.items()}
+        return [
+            add_models(self.config, score, {name: found[i] for name, found in by_model.items()})
+            for i, score in enumerate(scores)
+        ]
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class RewardModel:
+    """A `ScoreFn`: the normalised score that a model gives to the ids that were sampled.
+
+    It is read at the last real token, which is the stop token where one was sampled. Compiled once
+    for each row length of the ladder 64, 128, 256, ...
+    """
+
+    def __init__(self, name: str, config: RewardModelConfig, tokenizer: HFTokenizer, mesh: Mesh):
+        """Raises: UserError: if it cannot be read, or its tokenizer is not the policy's."""
+        check_same_ids(f"rewards.models.{name}.path", config.path, tokenizer)
+        dtype = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
+        self._model, self.params = load_reward(config.path, mesh=mesh, compute_dtype=dtype)
+        self._where = f"reward model {name!r} ({config.path})"
+        self._mean, self._std, self.warnings = _moments(self._where, config)
+        self._mesh = mesh
+        self._apply = jax.jit(self._model.apply)
+
+    @property
+    def model(self) -> Any:
+        """The `ScalarModel` that `params` are of."""
+        return self._model
+
+    def check_context(self, num_tokens: int) -> None:
+        """Raises: UserError: if so many tokens do not fit into its context."""
+        context = self._model.decoder.config.max_position_embeddings
+        if num_tokens > context:
+            raise UserError(
+                f"{self._where}: a prompt and its completion have up to {num_tokens} tokens, but "
+                f"its context has {context}; lower rollout.max_prompt_tokens or max_tokens"
+            )
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Score]:
+        """One score for each sample; one that is not finite is a failed reward."""
+        texts = [_ids(sample) for sample in samples]
+        context = self._model.decoder.config.max_position_embeddings
+        fits = [i for i, ids in enumerate(texts) if 0 < len(ids) <= context]
+        raw = np.full(len(samples), np.nan)
+        if fits:
+            raw[fits] = self.score_ids([texts[i] for i in fits])
+        return [self._score(*one) for one in zip(samples, texts, raw, strict=True)]
+
+    def _score(self, sample: Sample, ids: np.ndarray, raw: float) -> Score:
+        value = (float(raw) - self._mean) / self._std
+        if math.isfinite(value):
+            return Score(value)
+        context = self._model.decoder.config.max_position_embeddings
+        why = f"the score is {raw}"
+        if len(ids) > context:
+            why = f"{len(ids)} tokens do not fit into its context of {context}"
+        what = f"prompt {short(sample.prompt)}, completion {short(sample.completion)}"
+        return Score(None, error=f"{self._where}: {why}; {what}")
+
+    def score_ids(self, texts: Sequence[np.ndarray]) -> np.ndarray:
+        """[N] float32: the score of each of N texts, [length] int32 each, before normalising."""
+        row_len = _SHORTEST_ROW
+        while row_len < max(len(ids) for ids in texts):
+            row_len *= 2
+        num_rows = batch_shards(self._mesh) * max(1, _ROW_TOKENS // row_len)
+        scores = np.zeros(len(texts), np.float32)
+        done = 0
+        while done < len(texts):
+            part = [
+                {
+                    "tokens": ids.astype(np.int32),
+                    "mask": np.zeros(len(ids), bool),
+                    "index": np.full(len(ids), done + i, np.int32),
+                }
+                for i, ids in enumerate(texts[done : done + num_rows * row_len])
+            ]
+            rows, num_used = pack(part, num_rows=num_rows, row_len=row_len)
+            index, segment_ids = rows.pop("index"), rows["segment_ids"]
+            batch = put_batch(rows, self._mesh)
+            values = self._apply(
+                self.params, batch["tokens"], batch["segment_ids"], batch["positions"]
+            )
+            following = np.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
+            is_last = (segment_ids > 0) & (segment_ids != following)
+            scores[index[is_last]] = np.asarray(values)[is_last]
+            done += num_used
+        return scores
+
+
+def check_same_ids(key: str, path: str, tokenizer: HFTokenizer) -> None:
+    """Raises: UserError: if the ids of the tokenizer at `path` are not those of the policy's."""
+    theirs, ours = load_tokenizer(path).vocab, tokenizer.vocab
+    if theirs != ours:
+        token = min(theirs.items() ^ ours.items(), key=lambda item: (item[1], item[0]))[0]
+        raise UserError(
+            f"{key}: {path} has another tokenizer than the policy: {token!r} is "
+            f"{theirs.get(token, 'no token')} there and {ours.get(token, 'no token')} here. It "
+            "reads the ids that the policy samples: train it from a model with this tokenizer"
+        )
+
+
+def _moments(where: str, config: RewardModelConfig) -> tuple[float, float, list[str]]:
+    """Mean and standard deviation that scores are normalised by, and what to tell the user."""
+    if config.mean is not None and config.std is not None:
+        return config.mean, config.std, []
+    file = resolve(config.path) / MOMENTS
+    if not file.exists():
+        warning = (
+            f"{where} has no {MOMENTS}, so its scores are taken as they are (mean 0, std 1): give "
+            "mean and std in the config, or make it with phase: reward"
+        )
+        return 0.0, 1.0, [warning]
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        mean, std = float(found["mean"]), float(found["std"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: expected numbers mean and std: {error!r}") from error
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise UserError(f"{file}: mean={mean}, std={std}: expected a finite mean and std > 0")
+    return mean, std, []
+
+
+def _ids(sample: Sample) -> np.ndarray:
+    if sample.prompt_ids is None or sample.completion_ids is None:
+        raise ValueError("a reward model scores ids: this Sample has none")
+    return np.concatenate([sample.prompt_ids, sample.completion_ids])
