@@ -240,11 +240,13 @@ def score_tokens(
     num_shards: int = 1,
     temperature: float = 1.0,
     with_entropy: bool = True,
+    with_log_collision: bool = False,
     dropout_key: Array | None = None,
 ) -> TokenLogps:
     """Token rows [R, T] -> the policy's log-probs of their targets; see `next_token_logps`.
 
     Args:
+      batch: with `branches` where completions share their prompts.
       num_shards: parts that the rows are split into over devices (`sharding.batch_shards`); a chunk
         of logits has about ROWS_PER_CHUNK rows on each, whatever their number.
       dropout_key: of the adapters' dropout, in training; see `Model.apply`.
@@ -255,6 +257,7 @@ def score_tokens(
         batch["segment_ids"],
         batch["positions"],
         dropout_key=dropout_key,
+        branches=batch.get("branches"),
     )
     return score_hidden(
         model,
@@ -264,6 +267,7 @@ def score_tokens(
         num_shards=num_shards,
         temperature=temperature,
         with_entropy=with_entropy,
+        with_log_collision=with_log_collision,
     )
 
 
@@ -276,6 +280,7 @@ def score_hidden(
     num_shards: int = 1,
     temperature: float = 1.0,
     with_entropy: bool = True,
+    with_log_collision: bool = False,
 ) -> TokenLogps:
     """As `score_tokens`, from the hidden states [R, T, D] of the rows."""
     return next_token_logps(
@@ -287,6 +292,7 @@ def score_hidden(
         soft_cap=model.config.logit_soft_cap,
         chunk_size=default_chunk_size(batch["tokens"].shape[0] // num_shards),
         with_entropy=with_entropy,
+        with_log_collision=with_log_collision,
     )
 
 

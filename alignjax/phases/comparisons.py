@@ -1,6 +1,6 @@
 """What phases that train on preferences share: their data in rows, and what a model is given."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import jax
@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from alignjax.core.config import Config
 from alignjax.data import (
     LAYOUTS,
+    Element,
     Preferences,
     RecordIterator,
     Source,
@@ -77,6 +78,7 @@ def batches(
     context: int,
     num_responses: int,
     seed: int,
+    encode: Callable[[Any], Element] | None = None,
     **order: Any,
 ) -> RecordIterator[dict[str, np.ndarray]]:
     """This process's share of the rows of a view; see `comparison_rows`, also for `order`.
@@ -84,13 +86,14 @@ def batches(
     Args:
       context: tokens that the model takes at most (max_position_embeddings).
       num_responses: K.
+      encode: comparison -> its ids; None: `comparison_encoder`.
     Raises:
       UserError: if the rows of a micro-batch do not divide over the devices.
     """
     rows = rows_per_process(data.num_prompts // data.micro_batches, mesh)
     return comparison_rows(
         view,
-        comparison_encoder(data.text, tokenizer),
+        comparison_encoder(data.text, tokenizer) if encode is None else encode,
         num_prompts=rows * data.micro_batches,
         num_micro_batches=data.micro_batches,
         row_len=data.row_len,

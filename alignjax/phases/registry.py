@@ -5,6 +5,8 @@ from typing import Any
 from alignjax.phases.common import PhaseConfig
 from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
+from alignjax.phases.preference import Preference
+from alignjax.phases.preference_config import PreferenceConfig
 from alignjax.phases.reward import Reward
 from alignjax.phases.reward_config import RewardPhaseConfig
 from alignjax.phases.sft import Sft, SftConfig
@@ -12,5 +14,6 @@ from alignjax.phases.sft import Sft, SftConfig
 PHASES: dict[str, tuple[type[PhaseConfig], type[Any]]] = {
     "sft": (SftConfig, Sft),
     "reward": (RewardPhaseConfig, Reward),
+    "preference": (PreferenceConfig, Preference),
     "grpo": (GrpoConfig, Grpo),
 }

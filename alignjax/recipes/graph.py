@@ -22,6 +22,7 @@ from alignjax.core.yaml_tree import Key
 from alignjax.data import open_source, texts
 from alignjax.phases.common import PhaseConfig
 from alignjax.phases.grpo_config import GrpoConfig
+from alignjax.phases.preference_config import PreferenceConfig
 from alignjax.phases.reward_config import RewardPhaseConfig
 from alignjax.phases.sft import SftConfig
 from alignjax.recipes.stage import check_same, claim, lock, run_phase
@@ -55,7 +56,7 @@ class TokenizerConfig(Config):
 
 
 Stage = Annotated[
-    FilesConfig | TokenizerConfig | SftConfig | RewardPhaseConfig | GrpoConfig,
+    FilesConfig | TokenizerConfig | SftConfig | RewardPhaseConfig | PreferenceConfig | GrpoConfig,
     Field(discriminator="phase"),
 ]
 

@@ -28,10 +28,10 @@ from alignjax.train.progress import Progress
 
 INPUTS = (
     "model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "data.reference",
-    "sources", "rewards.models.*.path", "critic.path", "ptx.train",
+    "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference",
 )  # fmt: skip
 """Keys of configs whose values are files or directories that a run reads; * is any key."""
-MODELS = ("model.path", "tokenizer", "rewards.models.*.path", "critic.path")
+MODELS = ("model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference")
 """Those that may name a model of the Hub."""
 
 
