@@ -47,7 +47,7 @@ def check(tree: Tree) -> Config:
     """The config of a phase, or of a recipe where there are stages. Raises UserError."""
     from alignjax.core.config import build
     from alignjax.core.errors import UserError
-    from alignjax.phases.registry import PHASES
+    from alignjax.phases.registry import DATA_PHASES, PHASES
     from alignjax.recipes.graph import RecipeConfig
 
     if "stages" in tree.values:
@@ -56,23 +56,27 @@ def check(tree: Tree) -> Config:
             for name in config.stages:
                 tree.origins.setdefault(("stages", name, "seed"), tree.origins["seed",])
         return config
-    expected = f"phase: {' or '.join(PHASES)}, or stages: ... for a recipe"
+    phases = PHASES | DATA_PHASES
+    expected = f"phase: {' or '.join(phases)}, or stages: ... for a recipe"
     if "phase" not in tree.values:
         raise UserError(f"{tree.origin(())}: expected {expected}; found neither")
     phase = tree.values["phase"]
-    if not isinstance(phase, str) or phase not in PHASES:
+    if not isinstance(phase, str) or phase not in phases:
         raise UserError(f"{tree.origin(('phase',))}: expected {expected}; got phase: {phase!r}")
-    return build(PHASES[phase][0], tree)
+    return build(phases[phase][0], tree)
 
 
 def execute(config: Config, *, command: str) -> None:
     """Runs it, with compilations cached on disk."""
     from alignjax.cli.runtime import prepare
+    from alignjax.phases.common import PhaseConfig
     from alignjax.recipes.graph import RecipeConfig, run_recipe
-    from alignjax.recipes.stage import run_phase
+    from alignjax.recipes.stage import run_data_phase, run_phase
 
     prepare()
     if isinstance(config, RecipeConfig):
         run_recipe(config, command=command)
+    elif isinstance(config, PhaseConfig):
+        run_phase(config, command=command)
     else:
-        run_phase(config, command=command)  # type: ignore[arg-type]
+        run_data_phase(config, command=command)

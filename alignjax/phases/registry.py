@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from alignjax.core.config import Config
 from alignjax.phases.common import PhaseConfig
 from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
@@ -9,6 +10,8 @@ from alignjax.phases.preference import Preference
 from alignjax.phases.preference_config import PreferenceConfig
 from alignjax.phases.reward import Reward
 from alignjax.phases.reward_config import RewardPhaseConfig
+from alignjax.phases.sample import SampleResponses
+from alignjax.phases.sample_config import SampleConfig
 from alignjax.phases.sft import Sft, SftConfig
 
 PHASES: dict[str, tuple[type[PhaseConfig], type[Any]]] = {
@@ -17,3 +20,9 @@ PHASES: dict[str, tuple[type[PhaseConfig], type[Any]]] = {
     "preference": (PreferenceConfig, Preference),
     "grpo": (GrpoConfig, Grpo),
 }
+"""Those that train a model."""
+
+DATA_PHASES: dict[str, tuple[type[Config], type[Any]]] = {
+    "sample": (SampleConfig, SampleResponses),
+}
+"""Those that make records; see `phases.produce`."""

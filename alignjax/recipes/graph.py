@@ -24,8 +24,9 @@ from alignjax.phases.common import PhaseConfig
 from alignjax.phases.grpo_config import GrpoConfig
 from alignjax.phases.preference_config import PreferenceConfig
 from alignjax.phases.reward_config import RewardPhaseConfig
+from alignjax.phases.sample_config import SampleConfig
 from alignjax.phases.sft import SftConfig
-from alignjax.recipes.stage import check_same, claim, lock, run_phase
+from alignjax.recipes.stage import check_same, claim, lock, run_data_phase, run_phase
 from alignjax.text import train_sentencepiece
 from alignjax.train.progress import Progress
 
@@ -56,7 +57,13 @@ class TokenizerConfig(Config):
 
 
 Stage = Annotated[
-    FilesConfig | TokenizerConfig | SftConfig | RewardPhaseConfig | PreferenceConfig | GrpoConfig,
+    FilesConfig
+    | TokenizerConfig
+    | SampleConfig
+    | SftConfig
+    | RewardPhaseConfig
+    | PreferenceConfig
+    | GrpoConfig,
     Field(discriminator="phase"),
 ]
 
@@ -114,6 +121,8 @@ def run_recipe(config: RecipeConfig, *, command: str) -> Path:
     for name, stage in config.stages.items():
         if isinstance(stage, PhaseConfig):
             run_phase(stage, command=command, title=name)
+        elif isinstance(stage, SampleConfig):
+            run_data_phase(stage, command=command, title=name)
         else:
             _run_files(stage)
     return Path(config.output_dir) / config.name

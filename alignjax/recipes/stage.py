@@ -18,7 +18,8 @@ from alignjax.core.config import Config, build, diff, dump, load, to_dict
 from alignjax.core.errors import UserError
 from alignjax.core.hub import TOKENIZER_FILES, resolve
 from alignjax.phases.common import PhaseConfig, Policy
-from alignjax.phases.registry import PHASES
+from alignjax.phases.produce import PROGRESS, State, produce
+from alignjax.phases.registry import DATA_PHASES, PHASES
 from alignjax.report.training import training_report
 from alignjax.sharding import make_mesh
 from alignjax.train.checkpoint import Checkpointer
@@ -72,6 +73,46 @@ def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
     return model_dir
 
 
+def run_data_phase(config: Config, *, command: str, title: str = "") -> Path:
+    """Makes the records of a data phase in output_dir/name.
+
+    A directory with a part of them, made by the same config, is continued; with all it is left
+    alone.
+
+    Args:
+      config: of one of the data phases in `phases.registry`.
+      command, title: as of `run_phase`.
+    Returns:
+      The file of records.
+    Raises:
+      UserError: as `run_phase`.
+    """
+    name, phase_class = config.phase, DATA_PHASES[config.phase][1]  # type: ignore[attr-defined]
+    run_dir = Path(config.output_dir) / config.name  # type: ignore[attr-defined]
+    progress = Progress(title=title or name)
+    with lock(run_dir, run_dir / ".lock"):
+        claim(run_dir, config)
+        output = run_dir / phase_class.output
+        if output.exists():
+            progress.note(f"{output} is there already: nothing to do")
+            return output
+        phase = phase_class(config, make_mesh(config.mesh))  # type: ignore[attr-defined]
+        for warning in phase.warnings:
+            progress.warn(warning)
+
+        def tell(state: State) -> None:
+            counts = state["counts"]
+            progress.note("  ".join(f"{key} {counts[key]}" for key in phase.shown))
+
+        try:
+            progress.note(produce(phase, run_dir, tell))
+        except KeyboardInterrupt:
+            progress.note(f"stopped; what was made is kept. Continue with: {command}")
+            raise
+        progress.note(f"wrote {output}")
+    return output
+
+
 def claim(run_dir: Path, config: Config) -> None:
     """Notes config and inputs in the directory, or checks that they are those of the run there.
 
@@ -80,7 +121,8 @@ def claim(run_dir: Path, config: Config) -> None:
     """
     path, inputs = run_dir / "config.yaml", run_dir / "inputs.json"
     checkpoints = run_dir / "checkpoints"
-    holds_work = (run_dir / "model").exists() or (
+    outputs = ("model", PROGRESS, *(phase.output for _, phase in DATA_PHASES.values()))
+    holds_work = any((run_dir / name).exists() for name in outputs) or (
         checkpoints.is_dir() and any(p.name.isdecimal() for p in checkpoints.iterdir())
     )
     if holds_work or (path.exists() and not inputs.exists()):
