@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from alignjax.cli import sampling
+
 EXAMPLES = """\
 examples:
   alignjax generate runs/r1_zero/zero/model --prompt '12*03-09+08='
@@ -33,16 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-samples", type=int, default=1, metavar="N", help="for each (default: 1)"
     )
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="default: 256, or what fits")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="in (0, 1] (default: 1)")
-    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TOKEN", help="besides EOS")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the matrix products (default: bfloat16 on TPU and GPU, float32 on CPU)",
-    )  # fmt: skip
+    sampling.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object for each completion")
 
 
@@ -50,88 +43,37 @@ def main(args: argparse.Namespace) -> None:
     _check(args)
     prompts = _prompts(args)
 
-    from alignjax.cli.runtime import prepare
-
-    prepare()
-    import jax
-    import numpy as np
-
-    from alignjax.core.errors import UserError
-    from alignjax.core.precision import compute_dtype
-    from alignjax.core.types import LENGTH, Sampling
     from alignjax.data import Example, Fields, TextConfig, prompt_encoder
-    from alignjax.generate import make_generate
-    from alignjax.models import load, load_eos_ids
-    from alignjax.sharding import MeshConfig, make_mesh
-    from alignjax.text import check_fits, load_tokenizer, stop_ids
 
-    tokenizer = load_tokenizer(args.model)
-    mesh = make_mesh(MeshConfig())
-    dtype = compute_dtype(args.dtype, mesh.devices.flat[0].platform)
-    model, params = load(args.model, mesh=mesh, compute_dtype=dtype)
-    check_fits(tokenizer, model.config.vocab_size, args.model)
+    sampler = sampling.Sampler(args.model, args)
     text = TextConfig(fields=Fields(prompt="prompt"), chat=args.chat, system=args.system)
-    encode = prompt_encoder(text, tokenizer)
+    encode = prompt_encoder(text, sampler.tokenizer)
     ids = [encode(Example(prompt=prompt)) for prompt in prompts]
-    if not all(map(len, ids)):
-        raise UserError("a prompt is empty, and this tokenizer has no BOS to begin with")
-    lengths = np.array([len(i) for i in ids])
-    tokens = np.zeros((len(ids), lengths.max()), np.int32)
-    for row, one in zip(tokens, ids, strict=True):
-        row[: len(one)] = one
-    room = model.config.max_position_embeddings - int(lengths.max())
-    max_tokens = max(1, min(256, room)) if args.max_tokens is None else args.max_tokens
-    sampling = Sampling(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        max_tokens=max_tokens,
-        stop_tokens=stop_ids(tokenizer, args.stop, load_eos_ids(args.model)),
-        num_samples=args.num_samples,
-    )
-    try:
-        out = make_generate(model, mesh=mesh)(
-            params, tokens, lengths, jax.random.PRNGKey(args.seed), sampling
-        )
-    except ValueError as error:  # What the engine refuses here came from the command line.
-        raise UserError(str(error)) from error
-    if not np.isfinite(out.logps).all():
-        raise UserError(
-            f"{args.model}: log-probs are not finite: the weights hold nan or inf, or are too "
-            f"large for --dtype {dtype} or --temperature {args.temperature}"
-        )
-    rows = zip(out.tokens, out.lengths, out.logps, out.finish_reasons, strict=True)
-    for i, (row, length, logps, reason) in enumerate(rows):
-        completion = tokenizer.decode(row[:length])
+    max_tokens = sampler.max_tokens(max(map(len, ids)))
+    for i, found in enumerate(sampler.sample(ids, args.num_samples, max_tokens=max_tokens)):
         prompt = prompts[i // args.num_samples]
         if args.json:
             record = {
                 "prompt": prompt,
-                "completion": completion,
-                "num_tokens": int(length),
-                "logp": float(logps.sum()),
-                "finish_reason": "length" if reason == LENGTH else "stop",
+                "completion": found.text,
+                "num_tokens": found.num_tokens,
+                "logp": found.logp,
+                "finish_reason": "length" if found.is_truncated else "stop",
             }
             print(json.dumps(record, ensure_ascii=False))
         else:
-            cut = f" [cut at {max_tokens} tokens]" if reason == LENGTH else ""
-            print(f"{prompt}{completion}{cut}" if not args.chat else f"{completion}{cut}")
+            cut = f" [cut at {max_tokens} tokens]" if found.is_truncated else ""
+            print(f"{found.text}{cut}" if args.chat else f"{prompt}{found.text}{cut}")
 
 
 def _check(args: argparse.Namespace) -> None:
     from alignjax.core.errors import UserError
 
-    for name, is_good, expected in (
-        ("num_samples", args.num_samples >= 1, "at least 1"),
-        ("max_tokens", args.max_tokens is None or args.max_tokens >= 1, "at least 1"),
-        ("temperature", 0 <= args.temperature < float("inf"), "at least 0"),
-        ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-        ("top_k", args.top_k >= 0, "at least 0"),
-        ("system", args.chat or args.system is None, "--chat with it"),
-    ):
-        if not is_good:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {getattr(args, name)}: expected {expected}")
+    if args.num_samples < 1:
+        raise UserError(f"--num-samples {args.num_samples}: expected at least 1")
+    if args.system is not None and not args.chat:
+        raise UserError(f"--system {args.system}: expected --chat with it")
+    sampling.check(args)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -16,6 +16,7 @@ VERBS = {
     "run": "train what a config describes; resumes where it stopped",
     "inspect": "show a batch of the data, with what is trained on",
     "generate": "sample completions of prompts from a model directory",
+    "label": "rank responses on a web page, alone or with others",
     "eval": "measure accuracy: pass@1 with its interval, maj@k, pass@k",
     "export": "write a run's model as a Hugging Face directory",
     "tokenizer": "train a sentencepiece vocabulary",
