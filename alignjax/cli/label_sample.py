@@ -76,7 +76,7 @@ def _check_same(path: Path, how: dict[str, Any]) -> None:
     if before != how:
         changed = [n for n in how if not isinstance(before, dict) or before.get(n) != how[n]]
         raise UserError(
-            f"--responses {path}: exists, and was not sampled so ({', '.join(changed)} differ); "
+            f"--responses {path}: exists, and was sampled otherwise ({', '.join(changed)}); "
             "leave --model out to rank what it holds, or name another file"
         )
 

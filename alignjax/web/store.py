@@ -184,6 +184,7 @@ class Store:
         flagged: bool, request: str,
     ) -> None:  # fmt: skip
         """Keeps what somebody has chosen so far. `request` as in `rank`."""
+        self._check_ranks(task, ranks)
         self._say(annotator, task, "draft", list(ranks), comment, flagged, request)
 
     def rank(
@@ -204,6 +205,7 @@ class Store:
         Raises:
           UserError: if it is no ranking of this task.
         """
+        self._check_ranks(task, ranks)
         if any(rank is None for rank in ranks):
             raise UserError("a response has no rank yet")
         levels = sorted(set(ranks))
@@ -238,14 +240,16 @@ class Store:
                 self._append(annotator, task, "undo", body, request)
             return task
 
+    def _check_ranks(self, task: int, ranks: Sequence[int | None]) -> None:
+        num = len(self.task(task).responses)
+        is_good = all(rank is None or (type(rank) is int and 1 <= rank <= num) for rank in ranks)
+        if len(ranks) != num or not is_good:
+            raise UserError(f"ranks {list(ranks)}: expected {num} whole numbers from 1 to {num}")
+
     def _say(
         self, annotator: str, task: int, kind: str, ranks: list[int | None], comment: str,
         flagged: bool, request: str,
     ) -> None:  # fmt: skip
-        num = len(self.task(task).responses)
-        is_good = all(rank is None or (type(rank) is int and 1 <= rank <= num) for rank in ranks)
-        if len(ranks) != num or not is_good:
-            raise UserError(f"ranks {ranks}: expected {num} whole numbers from 1 to {num}")
         body = {
             "ranks": ranks, "comment": comment, "flagged": flagged,
             "order": self.order(annotator, task),

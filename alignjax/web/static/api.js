@@ -66,6 +66,7 @@ async function attempt(path, body) {
         method: "POST",
         headers: { "Content-Type": "application/json", "X-CSRF-Token": session.csrf },
         body,
+        keepalive: true, // A page that is left at once still sends it.
       });
     } catch {
       tell("The server does not answer: your last step is not saved yet. Trying again …");

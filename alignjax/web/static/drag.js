@@ -4,6 +4,8 @@ const START_PX = 5;
 
 // `drop(response, slot)` is called at the end over a rank, `press()` if it was no drag at all.
 export function makeDraggable(handle, drop, press) {
+  // Else a quick flick counts as a fling of the page, and swallows the tap that comes next.
+  handle.addEventListener("touchmove", (event) => event.preventDefault(), { passive: false });
   handle.addEventListener("pointerdown", (down) => {
     if (down.button !== 0) return;
     down.preventDefault();

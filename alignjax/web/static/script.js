@@ -1,9 +1,10 @@
 // The page on which somebody ranks: what is on it, and keys, buttons and drags that change it.
 
 import { Refused, element, forgetToken, openSession, post, tell } from "/static/api.js";
-import { makeDraggable } from "/static/drag.js";
+import { build, cards, make, paint } from "/static/board.js";
 
 const NAME_KEY = "alignjax label: annotator";
+const DRAFT_KEY = "alignjax label: not acknowledged yet";
 const COMMENT_PAUSE_MS = 400;
 
 const state = {
@@ -15,19 +16,9 @@ const state = {
   history: [], // ranks before each step of this task
   isBusy: false,
 };
-let cards = [];
-let chips = [];
 let commentTimer = null;
 
-const letter = (i) => (i < 26 ? String.fromCharCode(65 + i) : `${i + 1}`);
 const comment = element("comment");
-
-function make(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text; // Never as HTML: it comes from a model.
-  return node;
-}
 
 // What is shown.
 
@@ -56,115 +47,28 @@ function receive(found) {
     show("done");
     return;
   }
-  const draft = found.draft ?? { ranks: found.responses.map(() => null), comment: "", flagged: false };
+  const empty = { ranks: found.responses.map(() => null), comment: "", flagged: false };
+  const left = unacknowledged(found.task);
+  const draft = left ?? found.draft ?? empty;
   state.task = found;
   state.ranks = [...draft.ranks];
   state.flagged = draft.flagged;
   state.history = [];
   comment.value = draft.comment;
   element("comment-box").hidden = draft.comment === "";
-  build();
+  build(found, { drop, press, choose });
   show("work");
   const free = state.ranks.indexOf(null);
   mark(Math.max(0, free), { scrolls: false });
   window.scrollTo(0, 0);
-  update();
-}
-
-function build() {
-  const { prompt, responses } = state.task;
-  const messages = typeof prompt === "string" ? [{ role: "prompt", content: prompt }] : prompt;
-  element("prompt").replaceChildren(
-    ...messages.map((message) => {
-      const part = make("div", `message ${message.role === "assistant" ? "theirs" : ""}`);
-      part.append(make("h2", "role", message.role));
-      const text = make("p", "text", message.content ?? "");
-      text.dir = "auto";
-      part.append(text);
-      if (message.tool_calls) {
-        part.append(make("pre", "text", JSON.stringify(message.tool_calls, null, 2)));
-      }
-      return part;
-    }),
-  );
-  cards = responses.map(buildCard);
-  element("cards").replaceChildren(...cards);
-  chips = responses.map((_, i) => {
-    const chip = make("span", "chip", letter(i));
-    chip.dataset.response = i;
-    makeDraggable(chip, drop, () => mark(i));
-    return chip;
-  });
-  const slots = [makeSlot(null, "not ranked")];
-  for (let rank = 1; rank <= responses.length; rank += 1) {
-    slots.push(makeSlot(rank, rank === 1 ? "best" : rank === responses.length ? "worst" : ""));
-  }
-  element("board").replaceChildren(...slots);
-}
-
-function buildCard(response, i) {
-  const card = make("article", "card");
-  card.tabIndex = -1;
-  card.dataset.response = i;
-  const head = make("div", "card-head");
-  const handle = make("span", "chip handle", letter(i));
-  handle.title = "Drag to a rank below";
-  makeDraggable(handle, drop, () => mark(i));
-  const group = make("div", "rank-buttons");
-  group.setAttribute("role", "group");
-  group.setAttribute("aria-label", `Rank of response ${letter(i)}`);
-  state.ranks.forEach((_, r) => {
-    const button = make("button", "", `${r + 1}`);
-    button.type = "button";
-    button.addEventListener("click", () => {
-      mark(i);
-      setRank(i, state.ranks[i] === r + 1 ? null : r + 1);
-    });
-    group.append(button);
-  });
-  head.append(handle, group);
-  const text = make("p", "text", response);
-  text.dir = "auto";
-  card.append(head, text);
-  card.addEventListener("click", () => mark(i, { scrolls: false }));
-  return card;
-}
-
-function makeSlot(rank, hint) {
-  const slot = make("div", rank === null ? "slot tray" : "slot");
-  slot.dataset.slot = rank ?? "";
-  const label = make("span", "slot-label", rank === null ? "" : `${rank}`);
-  if (hint) label.append(make("span", "hint", rank === null ? hint : ` ${hint}`));
-  slot.append(label, make("span", "slot-chips"));
-  return slot;
-}
-
-function update() {
-  const slots = [...element("board").children];
-  chips.forEach((chip, i) => {
-    const room = slots[state.ranks[i] ?? 0].querySelector(".slot-chips");
-    if (chip.parentNode !== room) room.append(chip);
-    const isMarked = i === state.marked;
-    chip.classList.toggle("marked", isMarked);
-    cards[i].classList.toggle("marked", isMarked);
-    cards[i].classList.toggle("ranked", state.ranks[i] !== null);
-    cards[i].querySelectorAll("button").forEach((button, r) => {
-      button.setAttribute("aria-pressed", String(state.ranks[i] === r + 1));
-    });
-  });
-  const left = state.ranks.filter((rank) => rank === null).length;
-  element("submit").disabled = left > 0;
-  element("submit").title = left > 0 ? `${left} without a rank` : "";
-  element("flag").setAttribute("aria-pressed", String(state.flagged));
-  element("comment-button").setAttribute("aria-pressed", String(comment.value !== ""));
+  paint(state);
+  if (left !== null) saveDraft();
 }
 
 function mark(i, { scrolls = true } = {}) {
   state.marked = i;
-  update();
-  if (!element("work").contains(document.activeElement) || document.activeElement !== comment) {
-    cards[i].focus({ preventScroll: true });
-  }
+  paint(state);
+  if (document.activeElement !== comment) cards[i].focus({ preventScroll: true });
   if (scrolls) cards[i].scrollIntoView({ block: "nearest" });
 }
 
@@ -183,11 +87,20 @@ function drop(i, slot) {
   setRank(i, slot === "" ? null : Number(slot));
 }
 
+function press(i) {
+  mark(i, { scrolls: false });
+}
+
+function choose(i, rank) {
+  press(i);
+  setRank(i, state.ranks[i] === rank ? null : rank);
+}
+
 function setRank(i, rank) {
   if (state.isBusy || state.ranks[i] === rank) return;
   state.history.push([...state.ranks]);
   state.ranks[i] = rank;
-  update();
+  paint(state);
   saveDraft();
 }
 
@@ -204,26 +117,55 @@ function rankMarked(rank) {
   }
 }
 
-const asked = (more) => ({ annotator: state.annotator, request: crypto.getRandomValues(new Uint32Array(4)).join("-"), ...more });
+const asked = (more) => ({
+  annotator: state.annotator,
+  request: crypto.getRandomValues(new Uint32Array(4)).join("-"),
+  ...more,
+});
 
 const chosen = () => ({
   task: state.task.task, ranks: state.ranks, comment: comment.value, flagged: state.flagged,
 });
 
-function saveDraft() {
+// What the server has not acknowledged is kept here, for a page that is left before it does.
+function keep() {
+  const body = asked(chosen());
+  localStorage.setItem(DRAFT_KEY, JSON.stringify(body));
+  return body;
+}
+
+function unacknowledged(task) {
+  const body = JSON.parse(localStorage.getItem(DRAFT_KEY));
+  return body?.annotator === state.annotator && body?.task === task ? body : null;
+}
+
+function forget(request) {
+  const body = JSON.parse(localStorage.getItem(DRAFT_KEY));
+  if (request === undefined || body?.request === request) localStorage.removeItem(DRAFT_KEY);
+}
+
+async function saveDraft() {
   clearTimeout(commentTimer);
   commentTimer = null;
-  post("/api/draft", asked(chosen())).catch((error) => tell(error.message));
+  const body = keep();
+  try {
+    await post("/api/draft", body);
+    forget(body.request);
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    tell(error.message);
+  }
 }
 
 async function finish(path, body, said) {
   if (state.isBusy) return;
+  saveComment();
   state.isBusy = true;
   document.body.classList.add("busy");
-  clearTimeout(commentTimer);
-  commentTimer = null;
   try {
-    receive(await post(path, asked(body)));
+    const found = await post(path, asked(body));
+    forget();
+    receive(found);
     toast(said);
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
@@ -250,7 +192,7 @@ function skip() {
 function undo() {
   if (state.task !== null && state.history.length > 0) {
     state.ranks = state.history.pop();
-    update();
+    paint(state);
     saveDraft();
   } else {
     finish("/api/undo", {}, "Taken back");
@@ -259,7 +201,7 @@ function undo() {
 
 function toggleFlag() {
   state.flagged = !state.flagged;
-  update();
+  paint(state);
   saveDraft();
 }
 
@@ -269,10 +211,15 @@ function openComment() {
   comment.scrollIntoView({ block: "nearest" });
 }
 
+function saveComment() {
+  if (commentTimer !== null) saveDraft();
+}
+
 function leaveComment() {
+  saveComment();
   element("comment-box").hidden = comment.value === "";
+  comment.blur();
   mark(state.marked, { scrolls: false });
-  cards[state.marked].focus({ preventScroll: true });
 }
 
 function toggleHelp() {
@@ -327,10 +274,13 @@ for (const [id, act] of Object.entries({
 }
 
 comment.addEventListener("input", () => {
-  update();
+  paint(state);
+  keep();
   clearTimeout(commentTimer);
   commentTimer = setTimeout(saveDraft, COMMENT_PAUSE_MS);
 });
+
+comment.addEventListener("blur", saveComment);
 
 element("who").addEventListener("click", () => {
   localStorage.removeItem(NAME_KEY);
