@@ -8,6 +8,7 @@ import pytest
 
 from alignjax.core.config import build, loads
 from alignjax.core.errors import UserError
+from alignjax.phases.registry import DATA_PHASES, PHASES
 from alignjax.recipes import graph
 from alignjax.recipes.graph import RecipeConfig, run_recipe
 from alignjax.text import load_tokenizer
@@ -26,6 +27,7 @@ FUNCTIONS = """
         raise RuntimeError("the disk is full")
 """
 
+STAGES = ["files", "tokenizer", *DATA_PHASES, *PHASES]
 RECIPE = """\
 name: r
 seed: 3
@@ -208,7 +210,7 @@ def test_tokenizer_stage(here):
         ("    seed: 5", "    rewards: {}",
          "r.yaml:8: unknown key 'rewards' in stages.base; "),
         ("  base:\n    phase: sft", "  base:\n    phase: stf",
-         "r.yaml:6: stages.base.phase: expected 'files' or 'tokenizer' or 'sft' or 'grpo', "
+         f"r.yaml:6: stages.base.phase: expected {' or '.join(map(repr, STAGES))}, "
          "got the text 'stf'; did you mean 'sft'?"),
         ("  base:\n    phase: sft\n", "  base:\n",
          "r.yaml:5: missing key 'phase' in stages.base"),
