@@ -97,20 +97,34 @@ class ScalarModel:
         head = self.new_head(key, self.decoder.config.hidden_size)
         return {"decoder": decoder_params, "head": head}
 
-    def apply(self, params: Params, tokens: Array, segment_ids: Array, positions: Array) -> Array:
+    def apply(
+        self,
+        params: Params,
+        tokens: Array,
+        segment_ids: Array,
+        positions: Array,
+        branches: Array | None = None,
+    ) -> Array:
         """The value at each token, [B, T] float32, finite everywhere, of no meaning on padding.
 
         Arguments as in `Model.apply`. A token's value is of the text up to it, itself included: for
         a reward model the score of that text; for a critic the value of the state in which the next
         token is chosen.
         """
-        return self.apply_both(params, tokens, segment_ids, positions)[1]
+        return self.apply_both(params, tokens, segment_ids, positions, branches)[1]
 
     def apply_both(
-        self, params: Params, tokens: Array, segment_ids: Array, positions: Array
+        self,
+        params: Params,
+        tokens: Array,
+        segment_ids: Array,
+        positions: Array,
+        branches: Array | None = None,
     ) -> tuple[Array, Array]:
         """Hidden states [B, T, D], as of `Model.apply`, and values [B, T], from one pass."""
-        hidden, _ = self.decoder.apply(params["decoder"], tokens, segment_ids, positions)
+        hidden, _ = self.decoder.apply(
+            params["decoder"], tokens, segment_ids, positions, branches=branches
+        )
         return hidden, read_scalar(params["head"], hidden)
 
     def logical_axes(self) -> dict[str, Any]:

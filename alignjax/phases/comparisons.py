@@ -49,8 +49,8 @@ class ComparisonData(Config):
     """Micro-batches in an update; packed rows that fill fewer save the time of the others."""
     packed: bool = True
     """Lay several comparisons into a row; they do not see each other."""
-    shared_prompt: bool = False
-    """Compute the prompt once for all its responses."""
+    shared_prompt: bool = True
+    """Compute the prompt once for all its responses; false: once for each, as elsewhere."""
     overlong: Literal["error", "drop"] = "drop"
     """What to do with a comparison longer than a row, or a response that ends beyond the model's
     context. It is never cut."""

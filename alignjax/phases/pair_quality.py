@@ -50,7 +50,7 @@ def pair_quality(scores: np.ndarray, ranks: np.ndarray, lengths: np.ndarray) -> 
     ratio = lengths[prompt, better] / lengths[prompt, worse]
     found = {
         "loss": np.sum(weight * np.logaddexp(0, -margin)),
-        "accuracy": np.sum(weight * is_right),
+        "accuracy": values.mean(),
         "accuracy_low": low,
         "accuracy_high": high,
         "margin": np.sum(weight * margin),

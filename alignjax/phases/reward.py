@@ -184,13 +184,31 @@ class Reward:
         return []
 
     def export(self, state: TrainState, path: Path) -> None:
-        """The model with its tokenizer, and in reward.json mean and standard deviation of the
-        scores of the reference responses, and their number."""
-        scores, ranks, _ = self._scored(state.params, self._reference)
+        self.write(state.params, path)
+
+    def write(self, params: Params, path: Path, **files: Any) -> None:
+        """Writes the model with its tokenizer, and in reward.json mean and standard deviation of
+        the scores of the reference responses, and their number; `files` as of `RewardModel`."""
+        scores, ranks, _ = self._scored(params, self._reference)
         values = scores[ranks > 0].astype(np.float64)
         stated = {"mean": float(values.mean()), "std": float(values.std()), "num": len(values)}
         text = json.dumps(stated, indent=2)
-        self._reward.export(state.params, path, {NORMALISATION: text + "\n"})
+        self._reward.export(params, path, {NORMALISATION: text + "\n"}, **files)
+
+    @staticmethod
+    def exporter(config: RewardPhaseConfig, mesh: Mesh) -> "Exporter":
+        """What writes the model of a checkpoint."""
+        return Exporter(config, mesh)
+
+
+class Exporter:
+    """Writes params of a checkpoint, as `Policy` does for other phases."""
+
+    def __init__(self, config: RewardPhaseConfig, mesh: Mesh):
+        self._phase = Reward(config, mesh)
+        self.init = self._phase._reward.init
+        self.export = self._phase.write
+        self.export_adapter = self._phase._reward.export_adapter
 
 
 def scores_of(score: Callable[[Params, Batch], Array], params: Params, batch: Batch) -> Array:

@@ -255,7 +255,8 @@ def export_checkpoint(
     config = build(PHASES[phase][0], tree)
     if config.model.lora is not None:
         check_inputs(run_dir, config, ("model.path",))
-    policy = Policy(config, make_mesh(config.mesh))
+    exporter = getattr(PHASES[phase][1], "exporter", Policy)
+    policy = exporter(config, make_mesh(config.mesh))
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=config.loop.keep, read_only=True)
     with contextlib.closing(checkpoints):
         step, params = checkpoints.restore_params(policy.init(jax.random.PRNGKey(0)), step)

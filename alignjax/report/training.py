@@ -17,7 +17,13 @@ from alignjax.report import style
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Loss", ("loss", "eval/loss")),
     ("Reward", ("reward", "eval/reward", "rewards/*/mean")),
-    ("Accuracy", ("mean_token_accuracy", "eval/*accuracy*", "accuracy")),
+    (
+        "Accuracy",
+        ("mean_token_accuracy", "eval/mean_token_accuracy", "eval/*/accuracy", "accuracy",
+         "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"),
+    ),
+    ("Accuracy, better one is", ("eval/accuracy_by_length/*",)),
+    ("Scores", ("min_reward", "mean_reward", "max_reward")),
     ("Entropy, nats", ("entropy",)),
     ("Completion length, tokens", ("completions/mean_length", "completions/max_length")),
     (

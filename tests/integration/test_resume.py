@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from alignjax.models import Model, ModelConfig, save
-from alignjax.recipes import chains
+from alignjax.recipes import chains, sevens
 from alignjax.train.metrics import TIMINGS
 
 # What is compared is read as it stands in the file.
@@ -78,6 +78,13 @@ CONFIGS = {
 
 
 CONFIGS["lora"] = CONFIGS["sft"] | LORA
+CONFIGS["reward"] = COMMON | {
+    "phase": "reward", "tokenizer": "sevens/tokenizer",
+    "data": {
+        "train": "sevens/train.jsonl", "eval": "sevens/test.jsonl", "row_len": 64,
+        "num_prompts": 8, "micro_batches": 2,
+    },
+}  # fmt: skip
 
 
 class Place:
@@ -87,6 +94,8 @@ class Place:
         self.folder, self.run = folder, folder / "runs" / "run"
         chains.write(folder, seed=0, num_questions=60, num_drills=10, num_train=40, num_test=8,
                      num_ops=(1, 2, 3))  # fmt: skip
+        (folder / "sevens").mkdir()
+        sevens.write(folder / "sevens", seed=0, num_train=60, num_test=20)
         model = Model(ModelConfig(vocab_size=23, **MODEL))
         save(folder / "base", model, model.init(jax.random.key(0)))
         (folder / "rewards.py").write_text(REWARD)
@@ -217,6 +226,10 @@ def test_what_the_runs_do_is_worth_resuming(uninterrupted):
     losses = [x["eval/loss"] for x in lora["metrics"] if "eval/loss" in x]
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.1
     assert all("'lora'" in name for name in lora["state"] if "params" in name)
+    _, reward = uninterrupted("reward")
+    losses = [x["eval/loss"] for x in reward["metrics"] if "eval/loss" in x]
+    assert len(losses) == 5 and losses[-1] < losses[0] - 0.1
+    assert json.loads(reward["model"]["reward.json"])["num"] > 40
     assert any("reference" in name for name in uninterrupted("grpo")[1]["state"])
     grpo = uninterrupted("grpo")[1]["metrics"]
     assert len({x["kl"] for x in grpo[1:]}) == 10 and len({x["reward"] for x in grpo[1:]}) > 5
@@ -224,7 +237,7 @@ def test_what_the_runs_do_is_worth_resuming(uninterrupted):
     assert all(x["sampling/sampling_logp_difference/max"] < 1e-5 for x in grpo[1:])
 
 
-@pytest.mark.parametrize("phase", ["sft", "lora", "grpo"])
+@pytest.mark.parametrize("phase", ["sft", "lora", "reward", "grpo"])
 def test_killed_at_random_and_during_a_save(tmp_path, uninterrupted, phase):
     place = Place(tmp_path, phase)
     kill_while(place, place.is_saving, after=4)
@@ -235,7 +248,7 @@ def test_killed_at_random_and_during_a_save(tmp_path, uninterrupted, phase):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("phase", ["sft", "lora", "grpo"])
+@pytest.mark.parametrize("phase", ["sft", "lora", "reward", "grpo"])
 def test_killed_again_and_again(tmp_path, uninterrupted, phase, seed):
     place = Place(tmp_path, phase)
     kill_while(place, place.is_saving)

@@ -8,6 +8,7 @@ import pytest
 
 from alignjax.core.config import build, loads
 from alignjax.phases.registry import PHASES
+from alignjax.recipes import sevens
 from alignjax.recipes.chains import write
 from alignjax.sharding import make_mesh
 from alignjax.train.loop import train
@@ -49,6 +50,20 @@ evaluation: {{num_problems: 4}}
 loop: {{steps: 1, tensorboard: false}}
 """
 
+REWARD = """
+phase: reward
+name: reward
+output_dir: {root}
+model: {{init: {{hidden_size: 16, num_layers: 1, num_heads: 2, max_position_embeddings: 64}}}}
+tokenizer: {root}/sevens/tokenizer
+data:
+  train: {root}/sevens/train.jsonl
+  eval: {root}/sevens/test.jsonl
+  row_len: 64
+  num_prompts: 8
+loop: {{steps: 1, tensorboard: false}}
+"""
+
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
@@ -60,7 +75,9 @@ def logged(tmp_path_factory):
         "    return {'reward': len(completion) % 7, 'digits': sum(c.isdigit() for c in completion)}"
     )
     names = {}
-    for text in (SFT, GRPO):
+    (root / "sevens").mkdir()
+    sevens.write(root / "sevens", seed=0, num_train=16, num_test=8)
+    for text in (REWARD, SFT, GRPO):
         tree = loads(text.format(root=root))
         schema, phase_class = PHASES[tree.values["phase"]]
         config = build(schema, tree)
@@ -68,7 +85,7 @@ def logged(tmp_path_factory):
         run_dir = root / config.phase
         run_dir.mkdir(exist_ok=True)  # rewards.log of grpo is in there already
         state = train(phase, config.loop, run_dir, seed=0, progress=Progress())
-        phase.export(state, root / "model")
+        phase.export(state, root / ("reward_model" if text == REWARD else "model"))
         names[config.phase] = {name for row in read_metrics(run_dir) for name in row}
         samples = (run_dir / "samples.jsonl").read_text().splitlines()
         names["samples"] = {name for line in samples for name in json.loads(line)}
@@ -87,13 +104,13 @@ def generic(name):
 
 def test_every_name_that_a_run_logs_is_explained(logged):
     explained = set(documented())
-    for phase in ("sft", "grpo"):
+    for phase in ("sft", "reward", "grpo"):
         assert len(logged[phase]) > 10
         assert {generic(name) for name in logged[phase]} <= explained
 
 
 def test_every_name_that_is_explained_is_logged(logged):
-    found = {generic(name) for name in logged["sft"] | logged["grpo"]}
+    found = {generic(name) for name in logged["sft"] | logged["reward"] | logged["grpo"]}
     assert set(documented()) - found == {"aux_loss"}  # of models with experts: see test_sft.py
 
 
