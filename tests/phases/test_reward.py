@@ -24,7 +24,9 @@ from alignjax.phases.reward import Reward, completion_lengths
 from alignjax.phases.reward_config import RewardPhaseConfig
 from alignjax.phases.reward_model import score_elements
 from alignjax.recipes import sevens
+from alignjax.recipes.stage import export_checkpoint, run_phase
 from alignjax.sharding import MeshConfig, make_mesh
+from alignjax.train.loop import LoopConfig
 
 SHAPE = {
     "family": "qwen3", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1,
@@ -419,3 +421,15 @@ def test_scores_that_drift_are_diagnosed(world):
     assert phase.diagnose({"min_reward": -3.0, "max_reward": 2.0}) == []
     (found,) = phase.diagnose({"min_reward": -300.0, "max_reward": 2.0})
     assert "scores reach 300" in found
+
+
+def test_a_checkpoint_is_exported_with_its_normalisation(world, tmp_path):
+    """As the run exports it, when it is the last one."""
+    config = make(world)._config.model_copy(update={"output_dir": str(tmp_path), "name": "run"})
+    config = config.model_copy(update={"loop": LoopConfig(steps=2, tensorboard=False)})
+    model_dir = run_phase(config, command="x")
+    export_checkpoint(tmp_path / "run", tmp_path / "again")
+    names = {path.name for path in model_dir.iterdir()}
+    assert "reward.json" in names and names == {p.name for p in (tmp_path / "again").iterdir()}
+    for name in names:
+        assert (model_dir / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
