@@ -6,9 +6,11 @@ A view of preferences is a source; its places, 0 to `len`, stay the same from ru
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from alignjax.core.errors import UserError
 from alignjax.data.preferences import Preference
@@ -30,31 +32,51 @@ class Comparison:
 
 
 class View:
-    """A source of `Comparison`.
+    """A source of `Comparison`, made of the preferences when they are asked for.
 
     Attributes:
       num_responses: K, the most that one of them has.
       num_left_out: preferences that say nothing of the kind that the view shows.
     """
 
-    def __init__(self, preferences: Source, found: Sequence[tuple[int, Comparison]], remedy: str):
-        """Args: found: comparisons, each with the preference that it is of; remedy: if none is."""
-        if not found:
+    def __init__(
+        self, preferences: Source, expand: Callable[[Preference], list[Comparison]], remedy: str
+    ):
+        """Reads all preferences once.
+
+        Args:
+          preferences: of `Preference`.
+          expand: the comparisons that one makes.
+          remedy: what is said if none makes any.
+        Raises:
+          UserError: if none does, or `expand` refuses one; its place is named.
+        """
+        self._preferences, self._expand = preferences, expand
+        places: list[tuple[int, int]] = []  # Preference, number of the comparison among its own.
+        self.num_responses = self.num_left_out = 0
+        for index in range(len(preferences)):
+            try:
+                found = expand(preferences[index])
+            except UserError as error:
+                raise UserError(f"{preferences.where(index)}: {error}") from error
+            places += [(index, number) for number in range(len(found))]
+            self.num_left_out += not found
+            self.num_responses = max(self.num_responses, *(len(c.responses) for c in found), 0)
+        if not places:
             raise UserError(
                 f"data: {preferences.where(0)} and the {len(preferences) - 1} others: {remedy}"
             )
-        self._preferences, self._found = preferences, found
-        self.num_responses = max(len(comparison.responses) for _, comparison in found)
-        self.num_left_out = len(preferences) - len({index for index, _ in found})
+        self._places = np.array(places, np.int32)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Comparison:
-        return self._found[index][1]
+        of, number = self._places[index]
+        return self._expand(self._preferences[int(of)])[number]
 
     def where(self, index: int) -> str:
-        return self._preferences.where(self._found[index][0])
+        return self._preferences.where(int(self._places[index, 0]))
 
 
 def rankings(preferences: Source) -> View:
@@ -62,13 +84,11 @@ def rankings(preferences: Source) -> View:
 
     What says nothing on which of two responses is better, such as nothing but ties, is left out.
     """
-    found = [
-        (index, one)
-        for index in range(len(preferences))
-        for one in _ranked(preferences[index])
-        if len(set(one.ranks)) > 1
-    ]
-    return View(preferences, found, "none says of two responses which is better")
+
+    def expand(preference: Preference) -> list[Comparison]:
+        return [one for one in _ranked(preference) if len(set(one.ranks)) > 1]
+
+    return View(preferences, expand, "none says of two responses which is better")
 
 
 def pairs(
@@ -90,19 +110,17 @@ def pairs(
     Raises:
       UserError: if no preference has a pair, or one lacks its margin.
     """
-    found = []
-    for index in range(len(preferences)):
-        preference = preferences[index]
+
+    def expand(preference: Preference) -> list[Comparison]:
+        found = []
         for ranking in _ranked(preference):
             for i, j in _of_unlike_rank(ranking.ranks, which):
                 pair = [ranking.responses[i], ranking.responses[j]]
-                try:
-                    value = 0.0 if margin is None else _margin(preference, pair, margin)
-                except UserError as error:
-                    raise UserError(f"{preferences.where(index)}: {error}") from error
-                one = Comparison(preference.prompt, pair, (1, 2), margin_scale * value)
-                found.append((index, one))
-    return View(preferences, found, "none says of two responses which is better")
+                value = 0.0 if margin is None else margin_scale * _margin(preference, pair, margin)
+                found.append(Comparison(preference.prompt, pair, (1, 2), value))
+        return found
+
+    return View(preferences, expand, "none says of two responses which is better")
 
 
 def unpaired(preferences: Source) -> View:
@@ -111,23 +129,24 @@ def unpaired(preferences: Source) -> View:
     Of other judgements the best response (each better one of `choices`) counts as good and the
     worst as bad; those in between, and ties of all, say neither.
     """
-    found = []
-    for index in range(len(preferences)):
-        preference = preferences[index]
-        for response, label in dict.fromkeys(labelled(preference)):
-            one = Comparison(preference.prompt, [response], (1,), label=label)
-            found.append((index, one))
-    return View(preferences, found, "none says of a response whether it is good")
+
+    def expand(preference: Preference) -> list[Comparison]:
+        return [
+            Comparison(preference.prompt, [response], (1,), label=label)
+            for response, label in dict.fromkeys(labelled(preference))
+        ]
+
+    return View(preferences, expand, "none says of a response whether it is good")
 
 
 def all_responses(preferences: Source) -> View:
     """All responses of a prompt in one comparison, whatever was said of them: all of rank 1."""
-    found = []
-    for index in range(len(preferences)):
-        preference = preferences[index]
+
+    def expand(preference: Preference) -> list[Comparison]:
         ranks = (1,) * len(preference.responses)
-        found.append((index, Comparison(preference.prompt, preference.responses, ranks)))
-    return View(preferences, found, "none has a response")
+        return [Comparison(preference.prompt, preference.responses, ranks)]
+
+    return View(preferences, expand, "none has a response")
 
 
 def ranked_pairs(preference: Preference) -> list[tuple[str, str]]:
