@@ -5,35 +5,30 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
 from alignjax import losses
-from alignjax.core.errors import UserError
 from alignjax.core.keys import named_key
-from alignjax.core.types import Maximum, Minimum, Params, Sampling, Weighted
-from alignjax.data import (
-    Examples,
-    RecordIterator,
-    examples,
-    open_source,
-    pack,
-    prompt_encoder,
-)
-from alignjax.generate import make_generate
-from alignjax.losses.ratio import capped_exp, token_log_ratio
+from alignjax.core.types import Params, Sampling, Weighted
 from alignjax.models import Model
-from alignjax.phases.common import Policy, rows_per_process, score_tokens
+from alignjax.phases.common import Policy, score_tokens
 from alignjax.phases.grpo_config import AlgorithmConfig, GrpoConfig
-from alignjax.phases.scoring import Rewards
-from alignjax.rewards.combine import too_many_failures
-from alignjax.rewards.rollout import Rollouts, Task, rollout
+from alignjax.phases.rollouts import (
+    Rows,
+    Sampler,
+    evaluate,
+    make_logps,
+    sample_metrics,
+    sampler_metrics,
+    sequence,
+    shown_first,
+)
+from alignjax.rewards.rollout import Rollouts
 from alignjax.sharding import batch_shards, copied, put_batch
-from alignjax.text import stop_ids
-from alignjax.train.loop import Collected, Evaluated, StopRunError
+from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import make_optimizer
 from alignjax.train.state import TrainState, create_state
 from alignjax.train.step import Batch, Metrics, make_step
@@ -63,21 +58,13 @@ def grpo_loss(
         max_len=max_tokens,
     )
     surrogate = found.surrogate
-    log_ratio = jax.lax.stop_gradient(token_log_ratio(out.logps, old_logps, mask))
-    difference, ratio = jnp.abs(log_ratio), capped_exp(log_ratio)
     assert out.entropies is not None
     metrics = {
         "entropy": losses.token_mean(out.entropies, mask),
         "clip_ratio/low_mean": losses.token_mean(surrogate.is_low.astype(jnp.float32), mask),
         "clip_ratio/high_mean": losses.token_mean(surrogate.is_high.astype(jnp.float32), mask),
         "clip_ratio/region_mean": losses.token_mean(surrogate.is_clipped.astype(jnp.float32), mask),
-        "sampling/sampling_logp_difference/mean": losses.token_mean(difference, mask),
-        "sampling/sampling_logp_difference/max": Maximum(jnp.max(difference)),
-        "sampling/importance_sampling_ratio/min": Minimum(
-            jnp.min(ratio, initial=jnp.inf, where=mask)
-        ),
-        "sampling/importance_sampling_ratio/mean": losses.token_mean(ratio, mask),
-        "sampling/importance_sampling_ratio/max": Maximum(jnp.max(ratio, initial=0.0, where=mask)),
+        **sampler_metrics(out.logps, old_logps, mask),
     }
     if found.kl is not None:
         metrics["kl"] = losses.token_mean(found.kl, mask)
@@ -96,37 +83,14 @@ class Grpo:
     def __init__(self, config: GrpoConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._policy = Policy(config, mesh)
-        model, tokenizer = self._policy.model, self._policy.tokenizer
-        rollout, algorithm = config.rollout, config.algorithm
-        context = model.config.max_position_embeddings
-        if rollout.max_prompt_tokens + rollout.max_tokens > context:
-            raise UserError(
-                f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} and max_tokens="
-                f"{rollout.max_tokens} exceed the model's context of {context} tokens; lower one"
-            )
-        rows_per_process(config.rows_per_update // config.data.micro_batches, mesh)
-        self._train = Examples(open_source(config.data.train), config.data.text.fields)
-        self._eval = (
-            None
-            if config.data.eval is None
-            else Examples(open_source(config.data.eval), config.data.text.fields)
-        )
+        model, rollout, algorithm = self._policy.model, config.rollout, config.algorithm
+        self._rows = Rows.of(config, mesh)
+        self._sampler = Sampler(config, self._policy, mesh)
+        self._sampling = self._sampler.sampling
         self._optimizer = make_optimizer(
             config.optimizer,
             config.loop.steps * algorithm.num_updates * algorithm.num_minibatches,
         )
-        self._sampling = Sampling(
-            temperature=rollout.temperature,
-            max_tokens=rollout.max_tokens,
-            stop_tokens=stop_ids(tokenizer, rollout.stop_tokens, self._policy.eos_ids),
-            num_samples=rollout.group_size,
-        )
-        self._generate = make_generate(model, mesh=mesh, max_rows=rollout.max_rows)
-        log_path = Path(config.output_dir) / config.name / "rewards.log"
-        self._score = Rewards(
-            config.rewards, tokenizer, mesh,
-            max_tokens=rollout.max_prompt_tokens + rollout.max_tokens, log_path=log_path,
-        )  # fmt: skip
         # Under LoRA a reference that stays is the base: no second copy of the weights.
         self._reference: Params | None = None
         is_base = self._policy.frozen is not None and not algorithm.reference_every
@@ -140,23 +104,8 @@ class Grpo:
                 num_shards=num_shards,
             )  # fmt: skip
 
-        def ref_logps(params: Params, batch: Batch) -> Array:
-            def micro(mb: Batch) -> Array:
-                out = score_tokens(
-                    reference, params, mb,
-                    num_shards=num_shards, temperature=rollout.temperature, with_entropy=False,
-                )  # fmt: skip
-                return out.logps
-
-            return jax.lax.map(
-                lambda mb: jax.lax.cond(
-                    jnp.any(mb["mask"]), micro, lambda mb: jnp.zeros(mb["mask"].shape), mb
-                ),
-                batch,
-            )
-
         self._step = make_step(loss, self._optimizer, self._policy.frozen)
-        self._ref_logps = jax.jit(ref_logps)
+        self._ref_logps = make_logps(reference, mesh, temperature=rollout.temperature)
 
     # --- init -----------------------------------------------------------------------------------
 
@@ -173,18 +122,7 @@ class Grpo:
         return create_state(params, self._optimizer.transform, key, reference=reference)
 
     def records(self) -> Any:
-        return self._prompts(self._train, self._config.rollout.num_prompts)
-
-    def _prompts(self, source: Examples, num_prompts: int, **order: Any) -> RecordIterator[Any]:
-        return examples(
-            source,
-            prompt_encoder(self._config.data.text, self._policy.tokenizer),
-            num_prompts=num_prompts,
-            prompt_len=self._config.rollout.max_prompt_tokens,
-            overlong=self._config.data.overlong,
-            seed=self._config.seed,
-            **order,
-        )
+        return self._sampler.records()
 
     # --- collect --------------------------------------------------------------------------------
 
@@ -202,18 +140,10 @@ class Grpo:
             num_informative += int(is_informative(rounds[-1].rewards).sum())
             if num_informative >= self._config.rollout.num_prompts:
                 break
-        scores = [score for r in rounds for score in r.scores]
-        if reason := too_many_failures(scores, self._config.rewards.max_failure_frac):
-            raise StopRunError(reason)
+        failed = self._sampler.check([score for r in rounds for score in r.scores])
         sequences, metrics = self._sequences(state, rounds)
-        errors = [score.error for score in scores if score.error is not None]
-        warnings = list(self._score.warnings) if step == 0 else []
-        if errors:
-            what = f"{len(errors)} of {len(scores)} samples have no reward and are left out"
-            warnings.append(f"{what}: {errors[0]}")
-        # One sample of each prompt, after those whose reward failed.
-        shown = [i for i, score in enumerate(rounds[0].scores) if score.value is None]
-        shown += range(0, len(rounds[0].samples), self._sampling.num_samples)
+        warnings = [*(self._sampler.rewards.warnings if step == 0 else ()), *failed]
+        shown = shown_first(rounds[0], self._sampling.num_samples)
         return state, Collected(
             batches=self._batches(state, sequences, step),
             num_tokens=sum(r.num_tokens for r in rounds),
@@ -227,12 +157,7 @@ class Grpo:
     def _rollout(
         self, params: Params, prompts: list[Any], key: Array, sampling: Sampling
     ) -> Rollouts:
-        tasks = [Task(p.tokens, p.example.reference, p.example.fields) for p in prompts]
-        return rollout(
-            self._generate, self._score, self._policy.tokenizer, self._policy.whole(params), tasks,
-            key, sampling,
-            prompt_len=self._config.rollout.max_prompt_tokens,
-        )  # fmt: skip
+        return self._sampler(self._policy.whole(params), prompts, key, sampling)
 
     def _sequences(
         self, state: TrainState, rounds: list[Rollouts]
@@ -250,7 +175,7 @@ class Grpo:
         sequences = []
         for n, g in places:
             r, i = groups[chosen[n]]
-            sequences.append(_sequence(r, i * size + g, r.tasks[i].tokens))
+            sequences.append(sequence(r, i * size + g))
         metrics = {}
         if algorithm.kl_in_reward and algorithm.kl_coef and sequences:
             kl = self._kl(state, sequences)
@@ -259,8 +184,8 @@ class Grpo:
             penalty[tuple(np.transpose(places))] = algorithm.kl_coef * kl
             outcomes = outcomes._replace(rewards=outcomes.rewards - penalty)
         advantages = np.asarray(losses.ADVANTAGES[algorithm.advantage](outcomes))
-        for place, sequence in zip(places, sequences, strict=True):
-            sequence["advantages"] = np.where(sequence["mask"], advantages[place], np.float32(0))
+        for place, one in zip(places, sequences, strict=True):
+            one["advantages"] = np.where(one["mask"], advantages[place], np.float32(0))
         return sequences, metrics
 
     def _outcomes(self, rounds: list[Rollouts], chosen: np.ndarray) -> losses.Outcomes:
@@ -294,7 +219,7 @@ class Grpo:
         """One for each sequence: the KL to the reference, summed over its tokens. float32, nats."""
         config = self._config
         index = [np.full(len(s["tokens"]), n, np.int32) for n, s in enumerate(sequences)]
-        packed = self._packed(
+        packed = self._rows.pack(
             [{**s, "index": i} for s, i in zip(sequences, index, strict=True)],
             config.algorithm.num_minibatches,
         )
@@ -314,20 +239,6 @@ class Grpo:
         assert self._reference is not None
         return self._reference
 
-    def _packed(
-        self, sequences: list[dict[str, np.ndarray]], num_updates: int = 1
-    ) -> dict[str, np.ndarray]:
-        """[M, R, T] of what so many updates take. Shapes depend on the config alone."""
-        config = self._config
-        rows, parts = config.rows_per_update, config.data.micro_batches
-        row_len = config.rollout.max_prompt_tokens + config.rollout.max_tokens
-        packed, num_used = pack(
-            sequences, num_rows=num_updates * rows, row_len=row_len, packed=config.data.packed
-        )
-        assert num_used == len(sequences), "as many rows as sequences hold them all"
-        shape = num_updates * parts, rows // parts, row_len
-        return {k: v.reshape(shape) for k, v in packed.items()}
-
     def _batches(
         self, state: TrainState, sequences: list[dict[str, np.ndarray]], step: int
     ) -> Iterator[Batch]:
@@ -340,7 +251,7 @@ class Grpo:
         for chosen in np.array_split(order, algorithm.num_minibatches):
             if not len(chosen):
                 continue
-            batch = put_batch(self._packed([sequences[i] for i in chosen]), self._mesh, 1)
+            batch = put_batch(self._rows.pack([sequences[i] for i in chosen]), self._mesh, 1)
             if algorithm.kl_coef > 0 and not algorithm.kl_in_reward:
                 batch["ref_logps"] = self._ref_logps(self._ref(state), batch)
             batches.append(batch)
@@ -349,29 +260,14 @@ class Grpo:
 
     def _host_metrics(self, rounds: list[Rollouts]) -> dict[str, float]:
         rewards = np.concatenate([r.rewards for r in rounds])
-        lengths = np.concatenate([r.completions.lengths for r in rounds])
-        is_truncated = np.concatenate([r.is_truncated for r in rounds])
-        terminated = lengths[~is_truncated]
         is_valid = np.isfinite(rewards)
         comparable = rewards[is_valid.sum(1) >= 2]
-        metrics = {
-            "completions/mean_length": lengths.mean(),
-            "completions/min_length": lengths.min(),
-            "completions/max_length": lengths.max(),
-            "completions/clipped_ratio": is_truncated.mean(),
-            "completions/mean_terminated_length": terminated.mean() if len(terminated) else 0.0,
-            "reward": rewards[is_valid].mean() if is_valid.any() else np.nan,
-            "reward_std": np.nanstd(comparable, axis=1, ddof=1).mean() if len(comparable) else 0.0,
-            "frac_reward_zero_std": 1.0 - is_informative(rewards).mean(),
-            "num_failed_rewards": (~is_valid).sum(),
-            "num_rounds": len(rounds),
+        spread = np.nanstd(comparable, axis=1, ddof=1).mean() if len(comparable) else 0.0
+        return sample_metrics(rounds) | {
+            "reward_std": float(spread),
+            "frac_reward_zero_std": float(1.0 - is_informative(rewards).mean()),
+            "num_rounds": float(len(rounds)),
         }
-        for name in dict.fromkeys(name for r in rounds for name in r.part_names):
-            values = np.concatenate([r.part(name) for r in rounds])
-            values = values[np.isfinite(values)]
-            metrics[f"rewards/{name}/mean"] = values.mean()
-            metrics[f"rewards/{name}/std"] = values.std()
-        return {name: float(value) for name, value in metrics.items()}
 
     # --- step, evaluate, export -----------------------------------------------------------------
 
@@ -408,34 +304,13 @@ class Grpo:
 
     def evaluate(self, state: TrainState) -> Evaluated:
         """Rewards, their parts and lengths on held-out problems, sampled and greedy."""
-        config = self._config.evaluation
-        if self._eval is None:
+        prompts = self._sampler.held_out_prompts()
+        if not prompts:
             return Evaluated({})
-        prompts = next(self._prompts(self._eval, config.num_problems, shuffle=False, num_epochs=1))
-        ways = {}
-        if config.num_samples:
-            ways["sampled"] = (self._sampling.temperature, config.num_samples)
-        if config.greedy:
-            ways["greedy"] = (0.0, 1)
-        metrics: dict[str, float] = {}
-        shown: list[Mapping[str, Any]] = []
-        for way, (temperature, num_samples) in ways.items():
-            sampling = Sampling(
-                temperature=temperature,
-                max_tokens=self._sampling.max_tokens,
-                stop_tokens=self._sampling.stop_tokens,
-                num_samples=num_samples,
-            )
-            key = named_key(state.key, "eval", int(state.step))
-            r = self._rollout(state.params, prompts, key, sampling)
-            valid = r.rewards[np.isfinite(r.rewards)]
-            metrics[f"eval/{way}/reward"] = float(valid.mean()) if len(valid) else np.nan
-            metrics[f"eval/{way}/num_failed_rewards"] = float(r.rewards.size - len(valid))
-            metrics[f"eval/{way}/mean_length"] = float(r.completions.lengths.mean())
-            for name in r.part_names:
-                metrics[f"eval/{way}/{name}"] = float(np.nanmean(r.part(name)))
-            chosen = range(0, min(config.num_shown, len(prompts)) * num_samples, num_samples)
-            shown += [{"split": f"eval/{way}", **record} for record in r.records(chosen)]
+        key = named_key(state.key, "eval", int(state.step))
+        metrics, shown, _ = evaluate(
+            self._config, self._sampling, lambda s: self._rollout(state.params, prompts, key, s)
+        )
         return Evaluated(metrics, shown)
 
     def export(self, state: TrainState, path: Path) -> None:
@@ -448,14 +323,3 @@ def is_informative(rewards: np.ndarray) -> np.ndarray:
     highest = np.where(filled, rewards, -np.inf).max(1)
     lowest = np.where(filled, rewards, np.inf).min(1)
     return (filled.sum(1) >= 2) & (highest > lowest)
-
-
-def _sequence(rollouts: Rollouts, row: int, prompt: np.ndarray) -> dict[str, np.ndarray]:
-    out = rollouts.completions
-    length = int(out.lengths[row])
-    before = np.zeros(len(prompt), np.float32)
-    return {
-        "tokens": np.concatenate([prompt, out.tokens[row, :length]]).astype(np.int32),
-        "mask": np.arange(len(prompt) + length) >= len(prompt),
-        "old_logps": np.concatenate([before, out.logps[row, :length]]),
-    }

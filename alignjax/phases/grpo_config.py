@@ -185,18 +185,16 @@ class RlData(Config):
     packed: bool = True
 
 
-class GrpoConfig(PhaseConfig):
-    """`phase: grpo`."""
+class RlConfig(PhaseConfig):
+    """What the configs of phases share that sample what they train on."""
 
-    phase: Literal["grpo"]
     data: RlData
     rollout: RolloutConfig = RolloutConfig()
-    algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig(**{}))
     rewards: RewardConfig
     evaluation: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
-    def _samples_what_it_trains(self) -> "GrpoConfig":
+    def _samples_what_it_trains(self) -> Self:
         if self.model.lora is not None and self.model.lora.dropout > 0:
             raise ValueError(
                 f"model.lora.dropout={self.model.lora.dropout} would train another policy than the "
@@ -205,16 +203,32 @@ class GrpoConfig(PhaseConfig):
         return self
 
     @model_validator(mode="after")
-    def _divides(self) -> "GrpoConfig":
+    def _divides(self) -> Self:
         rows, parts = self.rows_per_update, self.data.micro_batches
         total = self.rollout.num_prompts * self.rollout.group_size
-        if total % self.algorithm.num_minibatches or rows % parts:
+        if total % self.num_minibatches or rows % parts:
             raise ValueError(
                 f"{total} completions (rollout.num_prompts x group_size) do not divide into "
-                f"{self.algorithm.num_minibatches} minibatches of {parts} micro-batches"
+                f"{self.num_minibatches} minibatches of {parts} micro-batches"
             )
         return self
 
     @property
+    def num_minibatches(self) -> int:
+        """Parts that the completions of an iteration are split into."""
+        raise NotImplementedError
+
+    @property
     def rows_per_update(self) -> int:
-        return self.rollout.num_prompts * self.rollout.group_size // self.algorithm.num_minibatches
+        return self.rollout.num_prompts * self.rollout.group_size // self.num_minibatches
+
+
+class GrpoConfig(RlConfig):
+    """`phase: grpo`."""
+
+    phase: Literal["grpo"]
+    algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig(**{}))
+
+    @property
+    def num_minibatches(self) -> int:
+        return self.algorithm.num_minibatches

@@ -21,7 +21,7 @@ from alignjax.core.types import LENGTH, STOP, Completions, Score
 from alignjax.data import pack
 from alignjax.losses import next_token_logps
 from alignjax.models import Model, ModelConfig, save
-from alignjax.phases import common, grpo, scoring
+from alignjax.phases import common, rollouts, scoring
 from alignjax.phases.grpo import Grpo, grpo_loss, is_informative
 from alignjax.phases.grpo_config import PRESETS, AlgorithmConfig, GrpoConfig, keyword_defaults
 from alignjax.recipes import chains
@@ -85,7 +85,7 @@ class FakeRewards:
 def make(world, monkeypatch):
     def build(*rewards, num_prompts=4, group_size=3, max_tokens=10, devices=1, **changes):
         sampler, score = FakeSampler(), FakeRewards(*rewards)
-        monkeypatch.setattr(grpo, "make_generate", lambda model, **_: sampler)
+        monkeypatch.setattr(rollouts, "make_generate", lambda model, **_: sampler)
         monkeypatch.setattr(scoring, "RewardPool", lambda config, **options: score.made(**options))
         values = {
             "phase": "grpo", "name": "x", "tokenizer": str(world / "tokenizer"),
