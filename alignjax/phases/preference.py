@@ -26,7 +26,7 @@ from alignjax.data.mismatches import Mismatched, mismatch_encoder
 from alignjax.phases.common import Policy
 from alignjax.phases.comparisons import batches
 from alignjax.phases.preference_config import PreferenceConfig
-from alignjax.phases.preference_loss import K, Scorer
+from alignjax.phases.preference_loss import ARRAYS, K, Scorer
 from alignjax.phases.preference_step import Learner
 from alignjax.phases.reference_logps import cached, default_cache, weights_digest
 from alignjax.sharding import put_batch
@@ -35,8 +35,6 @@ from alignjax.train.optim import make_optimizer
 from alignjax.train.progress import Progress
 from alignjax.train.state import TrainState, create_state
 from alignjax.train.step import Batch, finalize, merge
-
-TO_DEVICE = ("tokens", "mask", "positions", "segment_ids", "branches", "ranks", "labels")
 
 
 class Preference:
@@ -174,7 +172,7 @@ class Preference:
         return probs
 
     def _put(self, batch: Mapping[str, np.ndarray], *more: str) -> dict[str, Array]:
-        return put_batch({name: batch[name] for name in (*TO_DEVICE, *more)}, self._mesh, 1)
+        return put_batch({name: batch[name] for name in (*ARRAYS, *more)}, self._mesh, 1)
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         return self._learner.step(state, batch)

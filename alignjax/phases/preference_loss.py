@@ -19,10 +19,13 @@ from alignjax.models import Model
 from alignjax.phases.common import score_tokens
 from alignjax.phases.comparisons import per_element, token_rows_of
 from alignjax.phases.preference_config import Objective
+from alignjax.phases.rollouts import over_micro_batches
 from alignjax.train.step import Batch, Metrics
 
 K = 2
 """Completions of a comparison."""
+ARRAYS = ("tokens", "mask", "positions", "segment_ids", "branches", "ranks", "labels")
+"""Of the rows of comparisons, those that are read here; [R, T], and [R, N, ...] from ranks on."""
 
 
 class Scorer(NamedTuple):
@@ -70,13 +73,7 @@ def completion_logps(
 def reference_logps(scorer: Scorer, params: Params, batch: Batch) -> Array:
     """[M, R, T] -> sums [M, R, N, 2] float32, nats; 0 where there is no completion."""
 
-    def micro(mb: Batch) -> Array:
-        return completion_logps(scorer, params, mb)[0].sums
-
-    def nothing(mb: Batch) -> Array:
-        return jnp.zeros(mb["ranks"].shape)
-
-    return jax.lax.map(lambda mb: jax.lax.cond(jnp.any(mb["mask"]), micro, nothing, mb), batch)
+    return over_micro_batches(lambda mb: completion_logps(scorer, params, mb)[0].sums, batch)
 
 
 def pair_loss(

@@ -6,6 +6,8 @@ from alignjax.core.config import Config
 from alignjax.phases.common import PhaseConfig
 from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
+from alignjax.phases.online_preference import OnlinePreference
+from alignjax.phases.online_preference_config import OnlineConfig
 from alignjax.phases.preference import Preference
 from alignjax.phases.preference_config import PreferenceConfig
 from alignjax.phases.reward import Reward
@@ -18,6 +20,7 @@ PHASES: dict[str, tuple[type[PhaseConfig], type[Any]]] = {
     "sft": (SftConfig, Sft),
     "reward": (RewardPhaseConfig, Reward),
     "preference": (PreferenceConfig, Preference),
+    "online_preference": (OnlineConfig, OnlinePreference),
     "grpo": (GrpoConfig, Grpo),
 }
 """Those that train a model."""

@@ -22,6 +22,7 @@ from alignjax.core.yaml_tree import Key
 from alignjax.data import open_source, texts
 from alignjax.phases.common import PhaseConfig
 from alignjax.phases.grpo_config import GrpoConfig
+from alignjax.phases.online_preference_config import OnlineConfig
 from alignjax.phases.preference_config import PreferenceConfig
 from alignjax.phases.reward_config import RewardPhaseConfig
 from alignjax.phases.sample_config import SampleConfig
@@ -63,6 +64,7 @@ Stage = Annotated[
     | SftConfig
     | RewardPhaseConfig
     | PreferenceConfig
+    | OnlineConfig
     | GrpoConfig,
     Field(discriminator="phase"),
 ]

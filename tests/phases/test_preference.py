@@ -105,19 +105,22 @@ def test_20_steps_and_a_gradient_are_those_of_torch(world, tmp_path):
 # --- it learns ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("losses", [{"dpo": {"beta": 0.5}}, {"kto": {"beta": 0.5}}])
-def test_it_learns_a_rule(world, losses):
+@pytest.mark.parametrize(
+    ("losses", "accuracy"), [({"dpo": {"beta": 0.5}}, 0.95), ({"kto": {"beta": 0.5}}, 0.65)]
+)
+def test_it_learns_a_rule(world, losses, accuracy):
+    """Of kto what counts is on which side of the KL a response is."""
     phase = make(
         world, losses, {"train": str(world / "more.jsonl"), "num_prompts": 16},
         optimizer={"learning_rate": 1e-2},
     )  # fmt: skip
     state, seen = run(phase, 40)
     found = phase.evaluate(state).metrics
-    assert found["eval/rewards/accuracies"] > 0.95
+    assert found["eval/rewards/accuracies"] > accuracy
     low, high = (found[f"eval/rewards/accuracies_{end}"] for end in ("low", "high"))
-    assert 0.8 < low <= found["eval/rewards/accuracies"] <= high <= 1
+    assert accuracy - 0.15 < low <= found["eval/rewards/accuracies"] <= high <= 1
     assert found["eval/loss"] < 0.7 * seen[0]["loss"]
-    assert found["eval/rewards/chosen"] > found["eval/rewards/rejected"]
+    assert found["eval/rewards/chosen"] > found["eval/rewards/rejected"] + 1
 
 
 # --- what must not change it ----------------------------------------------------------------------
