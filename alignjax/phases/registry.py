@@ -8,6 +8,8 @@ from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
 from alignjax.phases.online_preference import OnlinePreference
 from alignjax.phases.online_preference_config import OnlineConfig
+from alignjax.phases.ppo import Ppo
+from alignjax.phases.ppo_config import PpoConfig
 from alignjax.phases.preference import Preference
 from alignjax.phases.preference_config import PreferenceConfig
 from alignjax.phases.reward import Reward
@@ -22,6 +24,7 @@ PHASES: dict[str, tuple[type[PhaseConfig], type[Any]]] = {
     "preference": (PreferenceConfig, Preference),
     "online_preference": (OnlineConfig, OnlinePreference),
     "grpo": (GrpoConfig, Grpo),
+    "ppo": (PpoConfig, Ppo),
 }
 """Those that train a model."""
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, model_validator
 
@@ -21,12 +21,7 @@ from alignjax.core.errors import KeyedError, UserError
 from alignjax.core.yaml_tree import Key
 from alignjax.data import open_source, texts
 from alignjax.phases.common import PhaseConfig
-from alignjax.phases.grpo_config import GrpoConfig
-from alignjax.phases.online_preference_config import OnlineConfig
-from alignjax.phases.preference_config import PreferenceConfig
-from alignjax.phases.reward_config import RewardPhaseConfig
-from alignjax.phases.sample_config import SampleConfig
-from alignjax.phases.sft import SftConfig
+from alignjax.phases.registry import DATA_PHASES, PHASES
 from alignjax.recipes.stage import check_same, claim, lock, run_data_phase, run_phase
 from alignjax.text import train_sentencepiece
 from alignjax.train.progress import Progress
@@ -57,15 +52,9 @@ class TokenizerConfig(Config):
     special_tokens: list[str] = []
 
 
+_CONFIGS = [config for config, _ in (*DATA_PHASES.values(), *PHASES.values())]
 Stage = Annotated[
-    FilesConfig
-    | TokenizerConfig
-    | SampleConfig
-    | SftConfig
-    | RewardPhaseConfig
-    | PreferenceConfig
-    | OnlineConfig
-    | GrpoConfig,
+    Union[(FilesConfig, TokenizerConfig, *_CONFIGS)],
     Field(discriminator="phase"),
 ]
 
@@ -121,12 +110,12 @@ def run_recipe(config: RecipeConfig, *, command: str) -> Path:
         if isinstance(stage, FilesConfig):
             _find(stage)  # A wrong name is found now, not after the hours of an earlier stage.
     for name, stage in config.stages.items():
-        if isinstance(stage, PhaseConfig):
-            run_phase(stage, command=command, title=name)
-        elif isinstance(stage, SampleConfig):
-            run_data_phase(stage, command=command, title=name)
-        else:
+        if isinstance(stage, FilesConfig | TokenizerConfig):
             _run_files(stage)
+        elif isinstance(stage, PhaseConfig):
+            run_phase(stage, command=command, title=name)
+        else:
+            run_data_phase(stage, command=command, title=name)
     return Path(config.output_dir) / config.name
 
 

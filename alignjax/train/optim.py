@@ -66,6 +66,21 @@ def make_optimizer(config: OptimizerConfig, num_updates: int) -> Optimizer:
     return Optimizer(_in_float32(transform), schedule)
 
 
+def with_scale(optimizer: Optimizer, name: str, scale: float) -> Optimizer:
+    """The same, with `scale` times the learning rate for the parameters under the key `name`."""
+    transform = optimizer.transform
+
+    def update(
+        grads: Params, state: optax.OptState, params: Params | None = None
+    ) -> tuple[Params, optax.OptState]:
+        updates, state = transform.update(grads, state, params)
+        scaled = jax.tree.map(lambda x: scale * x, updates[name])
+        return {**updates, name: scaled}, state
+
+    changed = optax.GradientTransformation(transform.init, update)
+    return optimizer._replace(transform=changed)
+
+
 def _in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
     """Moments, gradients and updates in float32, whatever the type of the parameters."""
 

@@ -1,0 +1,338 @@
+"""PPO for language models: a policy, a critic, a reward, and a price for leaving the reference."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from alignjax import losses
+from alignjax.core.keys import named_key
+from alignjax.core.types import Params, Weighted
+from alignjax.data import RecordIterator, sequence_encoder, token_rows, training_source
+from alignjax.losses import KlControl, RunningMoments
+from alignjax.phases.common import Policy, rows_per_process
+from alignjax.phases.critic import CRITICS, Critic, state_values
+from alignjax.phases.ppo_config import PpoConfig, PtxConfig
+from alignjax.phases.ppo_loss import experience, ppo_loss
+from alignjax.phases.ppo_rows import (
+    best_of_n,
+    diagnose,
+    explained_variance,
+    mean_sum,
+    numbered,
+    split,
+    with_texts,
+)
+from alignjax.phases.rollouts import (
+    Rows,
+    Sampler,
+    Tokens,
+    evaluate,
+    make_logps,
+    over_micro_batches,
+    sample_metrics,
+    sequence,
+    shown_first,
+)
+from alignjax.rewards.rollout import Rollouts
+from alignjax.sharding import batch_shards, copied, put_batch
+from alignjax.train.loop import Collected, Evaluated
+from alignjax.train.optim import make_optimizer, with_scale
+from alignjax.train.state import TrainState, create_state
+from alignjax.train.step import Batch, Metrics, make_step
+
+
+class Extra(NamedTuple):
+    """`TrainState.extra`: what changes besides parameters."""
+
+    control: KlControl
+    moments: RunningMoments
+    """Of the scores so far; as at first unless `algorithm.scale_scores`."""
+
+
+@dataclass(frozen=True)
+class PpoRecords:
+    """Prompts, and the texts of ptx if there are any; their position is that of both."""
+
+    prompts: RecordIterator[Any]
+    texts: RecordIterator[Any] | None
+
+    def get_state(self) -> dict[str, Any]:
+        texts = None if self.texts is None else self.texts.get_state()
+        return {"prompts": self.prompts.get_state(), "texts": texts}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.prompts.set_state(state["prompts"])
+        if self.texts is not None:
+            self.texts.set_state(state["texts"])
+
+
+class Ppo:
+    """Implements `train.loop.Phase`. The params of a state are {"policy": ..., and the critic's
+    under the name of its kind}."""
+
+    shown = (
+        "reward", "objective/kl", "completions/mean_length", "val/explained_variance",
+        "eval/sampled/reward", "eval/sampled/kl", "eval/best_of_n/reward",
+    )  # fmt: skip
+    policy_key = "policy"
+    """Where the policy's parameters stand in those of a state."""
+
+    def __init__(self, config: PpoConfig, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        self._policy = Policy(config, mesh)
+        model, algorithm = self._policy.model, config.algorithm
+        temperature, num_shards = config.rollout.temperature, batch_shards(mesh)
+        self._rows = Rows.of(config, mesh)
+        self._sampler = Sampler(config, self._policy, mesh)
+        critic: Critic = CRITICS[config.critic.trunk](config, self._policy, mesh)
+        self._critic = critic
+        self._texts = None if config.ptx is None else self._make_texts(config.ptx)
+        optimizer = make_optimizer(
+            config.optimizer, config.loop.steps * algorithm.num_epochs * algorithm.num_minibatches
+        )
+        self._optimizer = with_scale(optimizer, critic.name, config.critic.learning_rate_scale)
+        # Under LoRA the reference is the base: no second copy of the weights.
+        self._reference: Params | None = self._policy.frozen
+        is_base = self._reference is not None
+        reference = self._policy.reference_model if is_base else model
+        self._ref_sampler = self._sampler.of(reference, mesh) if is_base else self._sampler
+        self._ref_logps = make_logps(reference, mesh, temperature=temperature)
+        self._best_of_n: dict[str, float] | None = None
+
+        def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
+            return ppo_loss(
+                model, critic, params, batch, algorithm,
+                temperature=temperature, num_shards=num_shards,
+            )  # fmt: skip
+
+        def values(params: Params, batch: Batch) -> Array:
+            def micro(mb: Batch) -> Array:
+                rows = mb["tokens"], mb["segment_ids"], mb["positions"]
+                hidden, _ = model.apply(params["policy"], *rows)
+                return state_values(critic.values(params, mb, hidden))
+
+            return over_micro_batches(micro, batch)
+
+        frozen = self._policy.frozen
+        self._step = make_step(
+            loss, self._optimizer, None if frozen is None else {"policy": frozen}
+        )
+        self._values = jax.jit(values)
+        self._experience = jax.jit(functools.partial(experience, algorithm))
+
+    # --- init -----------------------------------------------------------------------------------
+
+    def init(self, key: Array) -> TrainState:
+        policy = self._policy.init(key)
+        critic = self._critic.init(policy, named_key(key, "critic"))
+        if self._policy.frozen is None:
+            self._reference = copied(policy)
+        control = KlControl(jnp.float32(self._config.algorithm.kl_coef))
+        return create_state(
+            {"policy": policy, self._critic.name: critic},
+            self._optimizer.transform,
+            key,
+            extra=Extra(control, losses.init_moments()),
+        )
+
+    def records(self) -> PpoRecords:
+        return PpoRecords(self._sampler.records(), None if self._texts is None else self._texts())
+
+    def _make_texts(self, ptx: PtxConfig) -> Callable[[], RecordIterator[Any]]:
+        """What gives the rows of texts for each update in turn."""
+        return functools.partial(
+            token_rows,
+            training_source(ptx.train, ptx.text),
+            sequence_encoder(ptx.text, self._policy.tokenizer),
+            num_micro_batches=self._rows.num_parts,
+            rows=rows_per_process(ptx.rows, self._mesh),
+            row_len=self._rows.row_len,
+            overlong=ptx.overlong,
+            seed=self._config.seed,
+        )
+
+    def _whole(self, params: Params) -> dict[str, Any]:
+        return {**params, "policy": self._policy.whole(params["policy"])}
+
+    # --- collect --------------------------------------------------------------------------------
+
+    def collect(self, state: TrainState, records: PpoRecords) -> tuple[TrainState, Collected]:
+        """Samples, scores, and makes advantages of an iteration's rollouts. Deterministic in
+        (state, records) as long as the rewards are."""
+        step, params = int(state.step), self._whole(state.params)
+        key = named_key(state.key, "rollout", step)
+        prompts, sampling = next(records.prompts), self._sampler.sampling
+        rollouts = self._sampler(params["policy"], prompts, key, sampling)
+        warnings = list(self._sampler.rewards.warnings) if step == 0 else []
+        warnings += self._sampler.check(rollouts.scores)
+        metrics = sample_metrics([rollouts])
+        metrics["val/num_eos_tokens"] = float((~rollouts.is_truncated).sum())
+        moments, scores = self._scores(state.extra.moments, rollouts)
+        control = state.extra.control
+        chosen = np.flatnonzero(np.isfinite(scores))
+        sequences = [sequence(rollouts, i) for i in chosen]
+        if sequences:
+            metrics |= self._add_experience(sequences, scores[chosen], params, control.kl_coef)
+            control = self._controlled(control, metrics["objective/kl"], len(sequences))
+        new = Extra(control, moments)
+        extra = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), new, state.extra)
+        texts = [next(records.texts) for _ in range(self._num_updates)] if records.texts else []
+        return state._replace(extra=extra), Collected(
+            batches=self._batches(sequences, texts, step),
+            num_tokens=rollouts.num_tokens,
+            metrics=metrics
+            | {"epoch": records.prompts.epoch, "num_dropped": records.prompts.num_dropped},
+            samples=rollouts.records(shown_first(rollouts, sampling.num_samples)),
+            warnings=warnings,
+        )
+
+    def _scores(
+        self, moments: RunningMoments, rollouts: Rollouts
+    ) -> tuple[RunningMoments, np.ndarray]:
+        """Moments with the new scores, and the scores that are trained on: one for each completion,
+        float32, nan where the reward failed."""
+        algorithm = self._config.algorithm
+        rewards = rollouts.rewards
+        is_valid = np.isfinite(rewards)
+        found = jnp.asarray(rewards)
+        if algorithm.scale_scores:
+            moments = losses.update_moments(moments, found, is_valid)
+            found = losses.normalize_rewards(moments, found, is_valid, shift_mean=False)
+        if algorithm.missing_eos_penalty:
+            has_eos = ~rollouts.is_truncated.reshape(rewards.shape)
+            found = losses.missing_eos_penalty(
+                found, has_eos, is_valid, penalty=algorithm.missing_eos_penalty
+            )
+        return moments, np.where(is_valid, np.asarray(found), np.nan).reshape(-1)
+
+    def _add_experience(
+        self, sequences: list[Tokens], scores: np.ndarray, params: Params, kl_coef: Array
+    ) -> dict[str, float]:
+        """Adds `old_values`, `returns` and `advantages` to each sequence; returns what was seen."""
+        packed = self._rows.pack(numbered(sequences, scores), self._config.num_minibatches)
+        index = packed.pop("index")
+        batch = put_batch(packed, self._mesh, 1)
+        ref_logps, old_values = self._ref_logps(self._ref, batch), self._values(params, batch)
+        flat = [
+            x.reshape(-1, x.shape[-1])
+            for x in (batch["old_logps"], ref_logps, old_values, batch["scores"], batch["mask"],
+                      batch["segment_ids"])
+        ]  # fmt: skip
+        found = jax.device_get(self._experience(*flat, kl_coef))
+        arrays = {**found._asdict(), "old_values": np.asarray(old_values)}
+        by_sequence = split(arrays, packed, index)
+        kl = by_sequence.pop("kl")
+        for name, parts in by_sequence.items():
+            for one, part in zip(sequences, parts, strict=True):
+                one[name] = np.where(one["mask"], part, np.float32(0))
+        mean_kl = mean_sum(kl)
+        non_score = -float(kl_coef) * mean_kl
+        mask = packed["mask"].reshape(found.returns.shape)
+        returns, values = found.returns[mask], arrays["old_values"].reshape(mask.shape)[mask]
+        return {
+            "objective/kl": mean_kl,
+            "objective/entropy": -mean_sum([one["old_logps"] for one in sequences]),
+            "objective/non_score_reward": non_score,
+            "objective/scores": float(scores.mean()),
+            "objective/rlhf_reward": float(scores.mean()) + non_score,
+            "kl_coef": float(kl_coef),
+            "val/explained_variance": explained_variance(returns, values),
+        }
+
+    @property
+    def _ref(self) -> Params:
+        assert self._reference is not None, "init comes first"
+        return self._reference
+
+    def _controlled(self, control: KlControl, kl: float, num_samples: int) -> KlControl:
+        algorithm = self._config.algorithm
+        options: dict[str, Any] = {
+            "fixed": {},
+            "adaptive": {"horizon": algorithm.kl_horizon, "num_samples": num_samples},
+            "target": {},
+        }[algorithm.kl_control]
+        if algorithm.kl_target is not None:
+            options["target"] = algorithm.kl_target
+        return CONTROLS[algorithm.kl_control](control, jnp.float32(kl), **options)
+
+    @property
+    def _num_updates(self) -> int:
+        return self._config.algorithm.num_epochs * self._config.num_minibatches
+
+    def _batches(
+        self, sequences: list[Tokens], texts: Sequence[Tokens], step: int
+    ) -> Iterator[Batch]:
+        """Minibatches [M, R, T], in another order in each epoch."""
+        config = self._config
+        following = iter(texts)
+        for epoch in range(config.algorithm.num_epochs):
+            order = np.random.default_rng([config.seed, step, epoch]).permutation(len(sequences))
+            for chosen in np.array_split(order, config.num_minibatches):
+                if not len(chosen):
+                    continue
+                rows = self._rows.pack([sequences[i] for i in chosen])
+                if texts:
+                    rows = with_texts(rows, next(following))
+                yield put_batch(rows, self._mesh, 1)
+
+    # --- step, evaluate, export -----------------------------------------------------------------
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        return self._step(state, batch)
+
+    def diagnose(self, metrics: Mapping[str, float]) -> list[str]:
+        return diagnose(self._config.algorithm, self._sampler.sampling, metrics)
+
+    def evaluate(self, state: TrainState) -> Evaluated:
+        """Rewards and lengths on held-out problems, sampled and greedy, the KL of what was sampled
+        from the first policy, and best of n of that one."""
+        config, sampling = self._config, self._sampler.sampling
+        prompts = self._sampler.held_out_prompts()
+        if not prompts:
+            return Evaluated({})
+        params = self._whole(state.params)["policy"]
+        key = named_key(state.key, "eval", int(state.step))
+        metrics, shown, rollouts = evaluate(
+            config, sampling, lambda s: self._sampler(params, prompts, key, s)
+        )
+        if "sampled" in rollouts:
+            metrics["eval/sampled/kl"] = self._mean_kl(rollouts["sampled"])
+        if (n := config.evaluation.best_of_n) and self._best_of_n is None:
+            # Of the first policy, always the same: once in a process is enough.
+            r = self._ref_sampler(
+                self._ref, prompts, named_key(state.key, "best_of_n"),
+                dataclasses.replace(sampling, num_samples=n),
+            )  # fmt: skip
+            self._best_of_n = best_of_n(r)
+        return Evaluated(metrics | (self._best_of_n or {}), shown)
+
+    def _mean_kl(self, rollouts: Rollouts) -> float:
+        """The KL from the first policy, nats for each completion, by k1."""
+        sequences = [sequence(rollouts, i) for i in range(len(rollouts.samples))]
+        num_updates = -(-len(sequences) // self._rows.num_rows)
+        packed = self._rows.pack(sequences, num_updates)
+        ref_logps = np.asarray(self._ref_logps(self._ref, put_batch(packed, self._mesh, 1)))
+        difference = np.where(packed["mask"], packed["old_logps"] - ref_logps, 0.0)
+        return float(difference.sum(dtype=np.float64) / len(sequences))
+
+    def export(self, state: TrainState, path: Path) -> None:
+        """The policy; and the critic beside it, in `critic`."""
+        self._critic.export(state.params[self._critic.name], path.with_name("critic"))
+        self._policy.export(state.params["policy"], path)
+
+
+CONTROLS: Mapping[str, Callable[..., KlControl]] = {
+    "fixed": losses.fixed_kl_control,
+    "adaptive": losses.adaptive_kl_control,
+    "target": losses.target_kl_control,
+}
+"""By `algorithm.kl_control`."""
