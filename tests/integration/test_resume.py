@@ -79,10 +79,27 @@ CONFIGS = {
 
 CONFIGS["lora"] = CONFIGS["sft"] | LORA
 CONFIGS["reward"] = COMMON | {
-    "phase": "reward", "tokenizer": "sevens/tokenizer",
+    "phase": "reward",
+    "tokenizer": "sevens/tokenizer",
     "data": {
-        "train": "sevens/train.jsonl", "eval": "sevens/test.jsonl", "row_len": 64,
-        "num_prompts": 8, "micro_batches": 2,
+        "train": "sevens/train.jsonl",
+        "eval": "sevens/test.jsonl",
+        "row_len": 64,
+        "num_prompts": 8,
+        "micro_batches": 2,
+    },
+}
+CONFIGS["ppo"] = CONFIGS["grpo"] | {
+    "phase": "ppo",
+    "rollout": {"num_prompts": 8, "max_prompt_tokens": 16, "max_tokens": 8},
+    "algorithm": {
+        "kl_coef": 0.1, "kl_control": "adaptive", "kl_target": 0.5, "kl_horizon": 20,
+        "num_epochs": 2, "num_minibatches": 2, "ptx_coef": 0.2, "scale_scores": True,
+    },
+    "critic": {"learning_rate_scale": 3.0},
+    "ptx": {
+        "train": "corpus.jsonl", "text": {"fields": {"completion": "text"}}, "rows": 2,
+        "overlong": "drop",
     },
 }  # fmt: skip
 
@@ -235,9 +252,14 @@ def test_what_the_runs_do_is_worth_resuming(uninterrupted):
     assert len({x["kl"] for x in grpo[1:]}) == 10 and len({x["reward"] for x in grpo[1:]}) > 5
     assert max(x["num_rounds"] for x in grpo[1:]) > 1
     assert all(x["sampling/sampling_logp_difference/max"] < 1e-5 for x in grpo[1:])
+    _, ppo = uninterrupted("ppo")
+    for field in ("objective/kl", "kl_coef", "loss/ptx_avg", "val/explained_variance"):
+        assert len({x[field] for x in ppo["metrics"][1:]}) == 10, field
+    assert any("critic" in name for name in ppo["state"]), "its moments, too"
+    assert '"texts"' in ppo["position"]
 
 
-@pytest.mark.parametrize("phase", ["sft", "lora", "reward", "grpo"])
+@pytest.mark.parametrize("phase", ["sft", "lora", "reward", "grpo", "ppo"])
 def test_killed_at_random_and_during_a_save(tmp_path, uninterrupted, phase):
     place = Place(tmp_path, phase)
     kill_while(place, place.is_saving, after=4)
@@ -248,7 +270,7 @@ def test_killed_at_random_and_during_a_save(tmp_path, uninterrupted, phase):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("phase", ["sft", "lora", "reward", "grpo"])
+@pytest.mark.parametrize("phase", ["sft", "lora", "reward", "grpo", "ppo"])
 def test_killed_again_and_again(tmp_path, uninterrupted, phase, seed):
     place = Place(tmp_path, phase)
     kill_while(place, place.is_saving)

@@ -65,6 +65,26 @@ loop: {{steps: 1, tensorboard: false}}
 """
 
 
+PPO = """
+phase: ppo
+name: ppo
+output_dir: {root}
+model: {{path: {root}/model}}
+data:
+  train: {root}/train.jsonl
+  eval: {root}/test.jsonl
+  text: {{fields: {{prompt: prompt, reference: reference}}}}
+rollout: {{num_prompts: 8, max_prompt_tokens: 16, max_tokens: 8}}
+algorithm: {{num_epochs: 1, ptx_coef: 0.1}}
+ptx: {{train: {root}/corpus.jsonl, text: {{fields: {{completion: text}}}}, overlong: drop}}
+rewards:
+  functions: {{mine: {{function: "{root}/mine.py:reward"}}}}
+  num_workers: 1
+evaluation: {{num_problems: 4, best_of_n: 2}}
+loop: {{steps: 1, tensorboard: false}}
+"""
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     """The names in metrics.jsonl of a tiny run of each phase."""
@@ -77,13 +97,13 @@ def logged(tmp_path_factory):
     names = {}
     (root / "sevens").mkdir()
     sevens.write(root / "sevens", seed=0, num_train=16, num_test=8)
-    for text in (REWARD, SFT, GRPO):
+    for text in (REWARD, SFT, GRPO, PPO):
         tree = loads(text.format(root=root))
         schema, phase_class = PHASES[tree.values["phase"]]
         config = build(schema, tree)
         phase = phase_class(config, make_mesh(config.mesh))
         run_dir = root / config.phase
-        run_dir.mkdir(exist_ok=True)  # rewards.log of grpo is in there already
+        run_dir.mkdir(exist_ok=True)  # rewards.log may be in there already
         state = train(phase, config.loop, run_dir, seed=0, progress=Progress())
         phase.export(state, root / ("reward_model" if text == REWARD else "model"))
         names[config.phase] = {name for row in read_metrics(run_dir) for name in row}
@@ -104,13 +124,13 @@ def generic(name):
 
 def test_every_name_that_a_run_logs_is_explained(logged):
     explained = set(documented())
-    for phase in ("sft", "reward", "grpo"):
         assert len(logged[phase]) > 10
         assert {generic(name) for name in logged[phase]} <= explained
 
 
 def test_every_name_that_is_explained_is_logged(logged):
-    found = {generic(name) for name in logged["sft"] | logged["reward"] | logged["grpo"]}
+    phases = ("sft", "reward", "grpo", "ppo")
+    found = {generic(name) for phase in phases for name in logged[phase]}
     assert set(documented()) - found == {"aux_loss"}  # of models with experts: see test_sft.py
 
 

@@ -91,8 +91,8 @@ def values_of(world, **changes):
 
 @pytest.fixture
 def make(world, monkeypatch):
-    def build(sizes=(1, 1, 1), rewards=share_of_sevens, **changes):
-        monkeypatch.setattr(scoring, "RewardPool", lambda config, **_: rewards)
+    def build(sizes=(1, 1, 1), score=share_of_sevens, **changes):
+        monkeypatch.setattr(scoring, "RewardPool", lambda config, **_: score)
         mesh = make_mesh(
             MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))),
             jax.devices()[: math.prod(sizes)],
