@@ -135,10 +135,11 @@ ROWS: dict[Family, Row] = {
         "Qwen3MoeForCausalLM",
         extra=_BIAS
         | _MOE_FIELDS
-        | {"intermediate_size": "moe_intermediate_size", "normalize_experts": "norm_topk_prob"},
+        | {"intermediate_size": "moe_intermediate_size", "normalize_experts": "norm_topk_prob",
+           "num_experts": "num_experts"},
         optional=_NO_BIAS | {"normalize_experts": False, "router_aux_coef": 0.001},
         fixed={"decoder_sparse_step": 1, "mlp_only_layers": []},
-        also_known={"num_local_experts": "num_experts"},
+        also_known={"num_experts": "num_local_experts"},  # transformers 5; 4 knows but the first
         inert=frozenset({"intermediate_size", "output_router_logits"}),
         layers=ALL_OR_NONE,
     ),

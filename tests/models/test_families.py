@@ -165,6 +165,9 @@ def test_published_mixture():
     config = from_hf("config.json", QWEN3_MOE)
     assert (config.num_experts, config.experts_per_token) == (128, 8)
     assert (config.intermediate_size, config.normalize_experts) == (768, True)
+    other = {k: v for k, v in QWEN3_MOE.items() if k != "num_experts"} | {"num_local_experts": 128}
+    assert from_hf("config.json", other) == config, "as transformers 5 writes it"
+    assert to_hf(config)["num_experts"] == 128, "as transformers 4 reads it"
 
 
 def test_llama_2_names_no_base():
