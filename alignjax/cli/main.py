@@ -18,6 +18,7 @@ VERBS = {
     "generate": "sample completions of prompts from a model directory",
     "label": "rank responses on a web page, alone or with others",
     "eval": "measure accuracy: pass@1 with its interval, maj@k, pass@k",
+    "compare": "how often one model's completions are preferred to another's",
     "export": "write a run's model as a Hugging Face directory",
     "tokenizer": "train a sentencepiece vocabulary",
     "demo": "watch a base model learn to reason, on a laptop",

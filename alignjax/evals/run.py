@@ -2,61 +2,33 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jax
-from jax.sharding import Mesh
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from alignjax.core.config import Config
 from alignjax.core.errors import UserError
-from alignjax.core.precision import compute_dtype
-from alignjax.core.types import Sampling, ScoreFn
-from alignjax.data import Examples, TextConfig, examples, open_source, prompt_encoder
+from alignjax.data import Examples, examples, open_source, prompt_encoder
 from alignjax.evals.accuracy import Estimate, maj_at_k, pass_at_1, pass_at_k
-from alignjax.generate import make_generate
-from alignjax.models import load, load_eos_ids
+from alignjax.evals.sampler import MakeRewards, Sampler, SamplingConfig
 from alignjax.rewards.answers import find_answer, visible
 from alignjax.rewards.combine import RewardConfig
-from alignjax.rewards.rollout import Rollouts, Task, rollout
-from alignjax.sharding import MeshConfig, make_mesh
-from alignjax.text import HFTokenizer, check_fits, load_tokenizer, stop_ids
+from alignjax.rewards.rollout import Rollouts, Task
 
 
-class EvalConfig(Config):
+class EvalConfig(SamplingConfig):
     """What to measure. The config of a grpo run has all of it but the model."""
 
     model: str
     """A Hugging Face directory, such as runs/NAME/model, or an id of the Hub."""
     tokenizer: str | None = None
-    data: str | list[str]
-    text: TextConfig
     rewards: RewardConfig
     correct: str = "accuracy"
     """The part of the reward that says whether an answer is right: at least 0.5 counts as right."""
     answer: str = "answer_tag"
     """Where the answer stands that maj@k votes on; see rewards.verify."""
-    num_problems: int | None = Field(None, ge=1)
-    """The first so many; all if not given."""
-    num_samples: int = Field(8, ge=1)
-    """Samples of each problem (n)."""
-    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    max_prompt_tokens: int = Field(256, ge=1)
-    overlong: Literal["error", "drop"] = "error"
-    """What to do with a longer prompt; `drop` leaves the problem out, so look at num_problems."""
-    max_tokens: int = Field(256, ge=1)
-    stop_tokens: list[str] = []
-    """Tokens that end a completion, besides EOS and what the model's directory lists as such."""
-    max_rows: int = Field(1024, ge=1)
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matrix products. auto: bfloat16 on TPU and GPU, float32 on CPU."""
-    seed: int = Field(0, ge=0)
 
     @field_validator("answer")
     @classmethod
@@ -94,10 +66,6 @@ class Report:
         }
 
 
-MakeRewards = Callable[[RewardConfig, HFTokenizer, Mesh], AbstractContextManager[ScoreFn]]
-"""What makes a ScoreFn of a config, the policy's tokenizer and the devices of reward models."""
-
-
 def evaluate(config: EvalConfig, make_rewards: MakeRewards) -> Report:
     """Samples n answers of each problem and scores them.
 
@@ -107,16 +75,12 @@ def evaluate(config: EvalConfig, make_rewards: MakeRewards) -> Report:
     Args:
       make_rewards: such as `phases.scoring.Rewards`.
     """
-    mesh = make_mesh(MeshConfig())
-    dtype = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
-    model, params = load(config.model, mesh=mesh, compute_dtype=dtype)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    check_fits(tokenizer, model.config.vocab_size, config.tokenizer or config.model)
+    sampler = Sampler(config.model, config, config.tokenizer)
     source = Examples(open_source(config.data), config.text.fields)
     prompts = next(
         examples(
             source,
-            prompt_encoder(config.text, tokenizer),
+            prompt_encoder(config.text, sampler.tokenizer),
             num_prompts=min(config.num_problems or len(source), len(source)),
             prompt_len=config.max_prompt_tokens,
             overlong=config.overlong,
@@ -125,31 +89,8 @@ def evaluate(config: EvalConfig, make_rewards: MakeRewards) -> Report:
         )
     )
     tasks = [Task(p.tokens, p.example.reference, p.example.fields) for p in prompts]
-    longest, context = max(len(t.tokens) for t in tasks), model.config.max_position_embeddings
-    if longest + config.max_tokens > context:
-        raise UserError(
-            f"a prompt of {longest} tokens and max_tokens={config.max_tokens} exceed the model's "
-            f"context of {context}; lower max_tokens"
-        )
-    sampling = Sampling(
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        max_tokens=config.max_tokens,
-        stop_tokens=stop_ids(tokenizer, config.stop_tokens, load_eos_ids(config.model)),
-        num_samples=config.num_samples,
-    )
-    with make_rewards(config.rewards, tokenizer, mesh) as score:
-        out = rollout(
-            make_generate(model, mesh=mesh, max_rows=config.max_rows),
-            score,
-            tokenizer,
-            params,
-            tasks,
-            jax.random.PRNGKey(config.seed),
-            sampling,
-            prompt_len=config.max_prompt_tokens,
-        )
+    with make_rewards(config.rewards, sampler.tokenizer, sampler.mesh) as score:
+        out = sampler.sample(tasks, score)
     if config.correct not in out.part_names:
         there_are = (
             ", ".join(out.part_names) or f"none, as every reward failed: {out.scores[0].error}"

@@ -73,6 +73,20 @@ class Rollouts:
         """The parts that any sample has, in the order of first appearance."""
         return list(dict.fromkeys(name for score in self.scores for name in score.parts))
 
+    def by_task(self) -> list[Rollouts]:
+        """Those of each prompt by itself."""
+        n = len(self.samples) // len(self.tasks)
+        rows = [slice(i * n, (i + 1) * n) for i in range(len(self.tasks))]
+        return [
+            Rollouts(
+                [task],
+                Completions(*(values[part] for values in self.completions)),
+                self.samples[part],
+                self.scores[part],
+            )
+            for task, part in zip(self.tasks, rows, strict=True)
+        ]
+
     def records(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Some rows as JSON values, to be read by people."""
         return [
@@ -88,6 +102,16 @@ class Rollouts:
             }
             for i in indices
         ]
+
+
+def joined(parts: Sequence[Rollouts]) -> Rollouts:
+    """Of at least one, all with as many completions of each prompt; the inverse of `by_task`."""
+    return Rollouts(
+        [task for part in parts for task in part.tasks],
+        Completions(*map(np.concatenate, zip(*(p.completions for p in parts), strict=True))),
+        [sample for part in parts for sample in part.samples],
+        [score for part in parts for score in part.scores],
+    )
 
 
 def rollout(
