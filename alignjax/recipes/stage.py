@@ -1,7 +1,7 @@
 """A phase's config -> its run directory: trained, resumed or found finished, and exported.
 
 A run writes config.yaml, inputs.json, metrics.jsonl, samples.jsonl, checkpoints/, model/ and
-report.png.
+report.png, and frontier.png where it measured both a reward and a KL from the reference.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from alignjax.core.hub import TOKENIZER_FILES, resolve
 from alignjax.phases.common import PhaseConfig, Policy
 from alignjax.phases.produce import PROGRESS, State, produce
 from alignjax.phases.registry import DATA_PHASES, PHASES
+from alignjax.report.frontier import frontier_of, frontier_picture
 from alignjax.report.training import training_report
 from alignjax.sharding import make_mesh
 from alignjax.train.checkpoint import Checkpointer
@@ -66,7 +67,10 @@ def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
         state = train(
             phase, config.loop, run_dir, seed=config.seed, progress=progress, resume_command=command
         )
-        training_report(read_metrics(run_dir), run_dir / "report.png")
+        metrics = read_metrics(run_dir)
+        training_report(metrics, run_dir / "report.png")
+        if frontier_of(metrics) is not None:
+            frontier_picture({config.name: metrics}, run_dir / "frontier.png")
         # Last, since its presence says that the run is finished.
         phase.export(state, model_dir)
         progress.note(f"wrote {model_dir}")

@@ -138,7 +138,10 @@ def test_problems_that_do_not_fit_are_left_out_where_asked(run, tmp_path, capsys
     ("words", "message"),
     [
         (["nowhere"], "nowhere: No such file or directory"),
-        (["{root}/base"], "config.yaml: expected phase grpo or ppo with data.eval (found 'sft'); for"),
+        (
+            ["{root}/base"],
+            "config.yaml: expected phase grpo or ppo with data.eval (found 'sft'); for",
+        ),
         (["{root}"], "no config.yaml; expected a run's directory or a YAML file"),
         (["{root}/grpo", "num_sampels=2"],
          "command line: unknown key 'num_sampels'; did you mean 'num_samples'?"),
