@@ -103,7 +103,7 @@ def frontier_picture(runs: Mapping[str, Metrics], path: str | Path) -> None:
         if line.best_of_n is not None:
             axes.scatter(*line.best_of_n, marker="*", s=130, color=colour, zorder=4)
             axes.annotate(
-                "best of n", line.best_of_n, xytext=(7, -11), textcoords="offset points",
+                "best of n", line.best_of_n, xytext=(8, 5), textcoords="offset points",
                 fontsize=8, color=colour,
             )  # fmt: skip
     axes.set_xlabel("KL from the reference, nats per completion", fontsize=9, color=style.GREY)
