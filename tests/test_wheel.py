@@ -1,4 +1,4 @@
-"""The wheel holds every module and config, and runs from anywhere with nothing else of the tree."""
+"""The wheel holds every module, config and page, and runs with nothing else of the tree."""
 
 import importlib.util
 import os
@@ -30,7 +30,9 @@ def test_wheel(tmp_path):
     modules = {p.relative_to(REPO) for p in (REPO / "alignjax").rglob("*.py")}
     configs = {Path("alignjax") / p.relative_to(REPO) for p in REPO.glob("configs/**/*.yaml")}
     assert {"smoke", "phases", "recipes"} <= {p.parent.name for p in configs}
-    assert names == {str(p) for p in modules | configs}
+    pages = {p.relative_to(REPO) for p in (REPO / "alignjax/web/static").iterdir()}
+    assert {".html", ".js", ".css"} <= {p.suffix for p in pages}
+    assert names == {str(p) for p in modules | configs | pages}
     shown = subprocess.run(
         [sys.executable, "-m", "alignjax", "run", "smoke/sft", "--print-config"],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
