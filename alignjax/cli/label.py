@@ -40,6 +40,8 @@ export is what reward models and DPO train on: {"prompt", "responses", "ranks": 
 "annotator", "time"}, with "comment" and "flagged": true where there are any; 1 is best, equal is a
 tie.
 
+Names are taken on trust: whoever may open the page may rank under any of them.
+
 The page is for this machine only. To let others in, name the address to listen on (--host 0.0.0.0
 for all): what is printed then holds a token. The connection is not encrypted; across networks that
 you do not trust use a tunnel (ssh -L 8377:localhost:8377 HOST) or a proxy that speaks TLS.
@@ -103,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         responses = args.responses
         tasks = None if responses is None else read_tasks(responses, args.prompts)
-    path = Path(args.store or f"{_stem(responses)}.sqlite")
+    path = Path(args.store or _default_store(responses))
     if (args.export or args.status) and not path.is_file():
         raise UserError(f"--store: no such file: {path}; nothing has been ranked yet")
     store = open_store(path, tasks)
@@ -167,8 +169,12 @@ def _annotators(text: str) -> list[str]:
         raise UserError(f"--annotators: {error}") from error
 
 
-def _stem(responses: str) -> str:
-    return responses.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".parquet")
+def _default_store(responses: str) -> str:
+    from alignjax.core.errors import UserError
+
+    if not Path(responses).exists():
+        raise UserError(f"--store: give a name; {responses} is no file that it could stand beside")
+    return responses.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".parquet") + ".sqlite"
 
 
 def _serve(store: Store, args: argparse.Namespace, annotators: Sequence[str]) -> None:

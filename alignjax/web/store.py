@@ -80,16 +80,14 @@ class Store:
         self._db = db
         self.path = db.path
         self.digest: str = db.value("SELECT value FROM about WHERE key = 'digest'")
-        """Of the tasks, which never change."""
+        self.num_tasks: int = db.value("SELECT count(*) FROM tasks")
+        """Both are of the tasks, which never change."""
+        self._everybody: dict[int, list[int]] = {}  # overlap -> the tasks that everybody gets
 
     def close(self) -> None:
         self._db.close()
 
     # What there is.
-
-    @property
-    def num_tasks(self) -> int:
-        return self._db.value("SELECT count(*) FROM tasks")
 
     def task(self, task: int) -> Task:
         record = self._db.value("SELECT record FROM tasks WHERE task = ?", task)
@@ -146,7 +144,9 @@ class Store:
           annotator: who asks.
           overlap: how many tasks everybody ranks. A larger number includes those of a smaller one.
         """
-        everybody = sorted(self._shuffled(range(self.num_tasks), "overlap")[:overlap])
+        if overlap not in self._everybody:
+            shuffled = self._shuffled(range(self.num_tasks), "overlap")
+            self._everybody[overlap] = sorted(shuffled[:overlap])
         with self._db.transaction():
             own = self._db.value(
                 "SELECT task FROM state WHERE annotator = ? AND kind = 'open' "
@@ -155,7 +155,7 @@ class Store:
             )
             if own is not None:
                 return own
-            task = self._first_free(annotator, everybody)
+            task = self._first_free(annotator, self._everybody[overlap])
             if task is not None:
                 self._append(annotator, task, "open")
             return task

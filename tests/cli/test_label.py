@@ -9,7 +9,7 @@ import pytest
 from alignjax.cli.main import main
 from alignjax.cli.sampling import Sampler
 from alignjax.text import load_tokenizer
-from alignjax.web import open_store, read_tasks
+from alignjax.web import Task, open_store, read_tasks
 from tests.web.app_case import records, write
 
 
@@ -63,6 +63,15 @@ def test_files_that_changed_are_noticed(responses, tmp_path, capsys):
     assert main(["label", "--responses", str(responses), "--status"]) == 2
     err = capsys.readouterr().err
     assert f"--store {tmp_path / 'r.sqlite'}: made for other prompts or responses (4 tasks; " in err
+
+
+def test_records_that_are_in_no_file_need_a_name_for_the_store(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("alignjax.web.read_tasks", lambda *_: [Task("a", ("x", "y"))])
+    monkeypatch.setattr("alignjax.cli.label._serve", lambda store, args, annotators: None)
+    words = ["label", "--responses", "hf:org/name/train"]
+    assert main(words) == 2
+    assert "--store: give a name; hf:org/name/train is no file" in capsys.readouterr().err
+    assert main([*words, "--store", str(tmp_path / "s.sqlite")]) == 0
 
 
 @pytest.mark.parametrize(

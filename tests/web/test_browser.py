@@ -34,7 +34,7 @@ def start(browser, tmp_path):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
@@ -199,6 +199,8 @@ def test_undo(start, tmp_path):
     )
     assert pressed(page) == ["1", "2", "3"] and rankings(tmp_path) == {}
     assert page.locator("#counts").text_content() == "0 of 3 ranked · 0 by you"
+    press(page, "u")
+    said(page, "There is nothing to take back")
     first = shown(page)
     press(page, "2 Enter")
     said(page, "Saved")

@@ -153,6 +153,21 @@ def test_twenty_people_at_once(tmp_path):
     assert all(by_person.count(name) >= 4 for name in names)
 
 
+def test_others_need_the_token(tmp_path):
+    responses = write(tmp_path / "r.jsonl", records(2))
+    with Server("--responses", responses, "--host", "0.0.0.0") as server:
+        token = server.url.partition("?token=")[2]
+        ann = Client(server.port, "ann")
+        ann.ask("GET", "/")
+        with pytest.raises(AssertionError, match="`alignjax label` printed"):
+            ann.ask("GET", "/api/session")
+        ann.ask("GET", f"/?token={token}")
+        ann.csrf = json.loads(ann.ask("GET", "/api/session"))["csrf"]
+        assert ann.post("task")["task"] == 0
+    with Server("--responses", responses, "--host", "0.0.0.0") as server:
+        assert server.url.endswith(token)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_cleanly(tmp_path, how):
     responses = write(tmp_path / "r.jsonl", records(2))

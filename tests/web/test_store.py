@@ -92,6 +92,40 @@ def test_undo_takes_back_one_after_the_other_and_loses_nothing(store, path):
     assert store.undo("bob", request="undo-three") is None
 
 
+def test_a_full_disk_leaves_nothing_half_done(store, path):
+    """It fails while it is written; once there is room, the same call does it."""
+    task = store.next_task("ann")
+    db = store._db
+    db.rows(f"PRAGMA max_page_count = {db.value('PRAGMA page_count')}")
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        store.rank("ann", task, [1, 2, 3], comment="x" * 100_000, request="request-1")
+    assert store.judgements() == [] and store.next_task("ann") == task
+    db.rows("PRAGMA max_page_count = 1000000")
+    store.rank("ann", task, [1, 2, 3], comment="x" * 100_000, request="request-1")
+    assert len(store.judgements()[0].comment) == 100_000
+
+
+def test_a_commit_that_fails_is_taken_back(store):
+    """As when the disk fills up at the very end: the store goes on working."""
+    task, inner = store.next_task("ann"), store._db._db
+
+    class Failing:
+        in_transaction = property(lambda self: inner.in_transaction)
+
+        def execute(self, statement, *values):
+            if statement == "COMMIT":
+                raise sqlite3.OperationalError("disk I/O error")
+            return inner.execute(statement, *values)
+
+    store._db._db = Failing()
+    with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
+        store.rank("ann", task, [1, 2, 3], request="request-1")
+    store._db._db = inner
+    assert store.judgements() == []
+    store.rank("ann", task, [1, 2, 3], request="request-1")
+    assert len(store.judgements()) == 1
+
+
 def test_events_can_only_be_appended(store, path):
     store.next_task("ann")
     with sqlite3.connect(path) as db:

@@ -6,6 +6,7 @@ import { build, cards, make, paint } from "/static/board.js";
 const NAME_KEY = "alignjax label: annotator";
 const DRAFT_KEY = "alignjax label: not acknowledged yet";
 const COMMENT_PAUSE_MS = 400;
+const TOAST_MS = 4000;
 
 const state = {
   annotator: null,
@@ -78,7 +79,7 @@ function toast(text) {
   element("toast").textContent = text;
   toastTimer = setTimeout(() => {
     element("toast").textContent = "";
-  }, 2500);
+  }, TOAST_MS);
 }
 
 // What somebody does.
@@ -157,7 +158,7 @@ async function saveDraft() {
   }
 }
 
-async function finish(path, body, said) {
+async function finish(path, body, said = () => "Saved") {
   if (state.isBusy) return;
   saveComment();
   state.isBusy = true;
@@ -166,7 +167,7 @@ async function finish(path, body, said) {
     const found = await post(path, asked(body));
     forget();
     receive(found);
-    toast(said);
+    toast(said(found));
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     tell(error.message);
@@ -182,11 +183,11 @@ function submit() {
     mark(state.ranks.indexOf(null));
     return;
   }
-  finish("/api/rank", chosen(), "Saved");
+  finish("/api/rank", chosen());
 }
 
 function skip() {
-  finish("/api/skip", { ...chosen(), ranks: null }, "Skipped");
+  finish("/api/skip", { ...chosen(), ranks: null }, () => "Skipped");
 }
 
 function undo() {
@@ -195,7 +196,8 @@ function undo() {
     paint(state);
     saveDraft();
   } else {
-    finish("/api/undo", {}, "Taken back");
+    finish("/api/undo", {}, ({ undone }) =>
+      undone === null ? "There is nothing to take back" : "Taken back");
   }
 }
 
