@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from alignjax.phases.grpo_config import GrpoConfig
+    from alignjax.phases.grpo_config import RlConfig
     from alignjax.phases.sft import SftConfig
     from alignjax.text import HFTokenizer
 
@@ -24,9 +24,9 @@ examples:
   alignjax inspect configs/recipes/gsm8k_laptop.yaml --stage grpo
 
 For phase sft it prints rows of the batch, document by document: what is trained is coloured, or
-between brackets where there is no colour (NO_COLOR, a pipe). For phase grpo it prints the prompts
-as the model gets them. No model is loaded. The data of a recipe's stage are there once the stages
-before it have run.
+between brackets where there is no colour (NO_COLOR, a pipe). For phases grpo and ppo it prints the
+prompts as the model gets them. No model is loaded. The data of a recipe's stage are there once the
+stages before it have run.
 """
 
 TRAINED, GIVEN, SPECIAL = "bold green", "", "magenta"
@@ -66,13 +66,13 @@ def main(args: argparse.Namespace) -> None:
 
     from alignjax.cli.run import check
     from alignjax.core.config import find_config, load
-    from alignjax.phases.grpo_config import GrpoConfig
+    from alignjax.phases.grpo_config import RlConfig
     from alignjax.phases.sft import SftConfig
     from alignjax.text import load_tokenizer
 
     config: Any = _stage(check(load(find_config(args.config), args.overrides)), args.stage)
-    if not isinstance(config, SftConfig | GrpoConfig):
-        raise UserError(f"phase: {config.phase}: inspect shows the data of phase sft or grpo")
+    if not isinstance(config, SftConfig | RlConfig):
+        raise UserError(f"phase: {config.phase}: inspect shows the data of phase sft, grpo or ppo")
     tokenizer = load_tokenizer(config.tokenizer_source())
     view = View(Console(highlight=False, soft_wrap=True), tokenizer, args.tokens)
     if isinstance(config, SftConfig):
@@ -90,7 +90,7 @@ def _stage(config: Any, name: str | None) -> Any:
         if name is not None:
             raise UserError(f"--stage {name}: this config is one phase, without stages")
         return config
-    there = [key for key, stage in stages.items() if stage.phase in ("sft", "grpo")]
+    there = [key for key, stage in stages.items() if stage.phase in ("sft", "grpo", "ppo")]
     if name is None and len(there) == 1:
         name = there[0]
     if name not in there:
@@ -241,7 +241,7 @@ def _show_rows(view: View, config: SftConfig, number: int, num_rows: int) -> Non
             view.document(rows["tokens"][n][places], trained)
 
 
-def _show_prompts(view: View, config: GrpoConfig, number: int, num_rows: int) -> None:
+def _show_prompts(view: View, config: RlConfig, number: int, num_rows: int) -> None:
     import numpy as np
 
     from alignjax.data import Examples, examples, open_source, prompt_encoder

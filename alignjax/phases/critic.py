@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,14 +65,15 @@ class SeparateCritic:
         self._policy = policy
         source, path = config.model, _directory(config)
         dtype = compute_dtype(source.compute_dtype, mesh.devices.flat[0].platform)
-        options = {
+        options: dict[str, Any] = {
             "mesh": mesh, "compute_dtype": dtype, "param_dtype": source.param_dtype,
             "remat": source.remat,
         }  # fmt: skip
         self._load = None if source.path is None else functools.partial(
             load, source.path, **options
         )  # fmt: skip
-        self._load_reward = None
+        self._load_reward: Callable[..., Any] | None = None
+        self._loaded: Params | None = None
         if path is None:
             plain = lora.plain(policy.model)
             # It has no use for an unembedding.

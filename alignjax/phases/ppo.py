@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from alignjax import losses
 from alignjax.core.keys import named_key
 from alignjax.core.types import Params, Weighted
 from alignjax.data import RecordIterator, sequence_encoder, token_rows, training_source
-from alignjax.losses import KlControl, RunningMoments
+from alignjax.losses import KlControl
 from alignjax.phases.common import Policy, rows_per_process
 from alignjax.phases.critic import CRITICS, Critic, state_values
 from alignjax.phases.ppo_config import PpoConfig, PtxConfig
@@ -31,6 +30,7 @@ from alignjax.phases.ppo_rows import (
     split,
     with_texts,
 )
+from alignjax.phases.ppo_state import Extra, PolicyOfPpo, PpoRecords, controlled, trained_scores
 from alignjax.phases.rollouts import (
     Rows,
     Sampler,
@@ -50,31 +50,6 @@ from alignjax.train.state import TrainState, create_state
 from alignjax.train.step import Batch, Metrics, make_step
 
 
-class Extra(NamedTuple):
-    """`TrainState.extra`: what changes besides parameters."""
-
-    control: KlControl
-    moments: RunningMoments
-    """Of the scores so far; as at first unless `algorithm.scale_scores`."""
-
-
-@dataclass(frozen=True)
-class PpoRecords:
-    """Prompts, and the texts of ptx if there are any; their position is that of both."""
-
-    prompts: RecordIterator[Any]
-    texts: RecordIterator[Any] | None
-
-    def get_state(self) -> dict[str, Any]:
-        texts = None if self.texts is None else self.texts.get_state()
-        return {"prompts": self.prompts.get_state(), "texts": texts}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self.prompts.set_state(state["prompts"])
-        if self.texts is not None:
-            self.texts.set_state(state["texts"])
-
-
 class Ppo:
     """Implements `train.loop.Phase`. The params of a state are {"policy": ..., and the critic's
     under the name of its kind}."""
@@ -83,8 +58,8 @@ class Ppo:
         "reward", "objective/kl", "completions/mean_length", "val/explained_variance",
         "eval/sampled/reward", "eval/sampled/kl", "eval/best_of_n/reward",
     )  # fmt: skip
-    policy_key = "policy"
-    """Where the policy's parameters stand in those of a state."""
+    exporter = PolicyOfPpo
+    """What `alignjax export` writes of a checkpoint."""
 
     def __init__(self, config: PpoConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
@@ -169,6 +144,7 @@ class Ppo:
         """Samples, scores, and makes advantages of an iteration's rollouts. Deterministic in
         (state, records) as long as the rewards are."""
         step, params = int(state.step), self._whole(state.params)
+        algorithm = self._config.algorithm
         key = named_key(state.key, "rollout", step)
         prompts, sampling = next(records.prompts), self._sampler.sampling
         rollouts = self._sampler(params["policy"], prompts, key, sampling)
@@ -176,13 +152,14 @@ class Ppo:
         warnings += self._sampler.check(rollouts.scores)
         metrics = sample_metrics([rollouts])
         metrics["val/num_eos_tokens"] = float((~rollouts.is_truncated).sum())
-        moments, scores = self._scores(state.extra.moments, rollouts)
+        moments, scores = trained_scores(algorithm, state.extra.moments, rollouts)
         control = state.extra.control
         chosen = np.flatnonzero(np.isfinite(scores))
-        sequences = [sequence(rollouts, i) for i in chosen]
+        sequences = [sequence(rollouts, int(i)) for i in chosen]
         if sequences:
             metrics |= self._add_experience(sequences, scores[chosen], params, control.kl_coef)
-            control = self._controlled(control, metrics["objective/kl"], len(sequences))
+            kl = metrics["objective/kl"]
+            control = controlled(algorithm, control, kl, len(sequences))
         new = Extra(control, moments)
         extra = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), new, state.extra)
         texts = [next(records.texts) for _ in range(self._num_updates)] if records.texts else []
@@ -194,25 +171,6 @@ class Ppo:
             samples=rollouts.records(shown_first(rollouts, sampling.num_samples)),
             warnings=warnings,
         )
-
-    def _scores(
-        self, moments: RunningMoments, rollouts: Rollouts
-    ) -> tuple[RunningMoments, np.ndarray]:
-        """Moments with the new scores, and the scores that are trained on: one for each completion,
-        float32, nan where the reward failed."""
-        algorithm = self._config.algorithm
-        rewards = rollouts.rewards
-        is_valid = np.isfinite(rewards)
-        found = jnp.asarray(rewards)
-        if algorithm.scale_scores:
-            moments = losses.update_moments(moments, found, is_valid)
-            found = losses.normalize_rewards(moments, found, is_valid, shift_mean=False)
-        if algorithm.missing_eos_penalty:
-            has_eos = ~rollouts.is_truncated.reshape(rewards.shape)
-            found = losses.missing_eos_penalty(
-                found, has_eos, is_valid, penalty=algorithm.missing_eos_penalty
-            )
-        return moments, np.where(is_valid, np.asarray(found), np.nan).reshape(-1)
 
     def _add_experience(
         self, sequences: list[Tokens], scores: np.ndarray, params: Params, kl_coef: Array
@@ -252,17 +210,6 @@ class Ppo:
     def _ref(self) -> Params:
         assert self._reference is not None, "init comes first"
         return self._reference
-
-    def _controlled(self, control: KlControl, kl: float, num_samples: int) -> KlControl:
-        algorithm = self._config.algorithm
-        options: dict[str, Any] = {
-            "fixed": {},
-            "adaptive": {"horizon": algorithm.kl_horizon, "num_samples": num_samples},
-            "target": {},
-        }[algorithm.kl_control]
-        if algorithm.kl_target is not None:
-            options["target"] = algorithm.kl_target
-        return CONTROLS[algorithm.kl_control](control, jnp.float32(kl), **options)
 
     @property
     def _num_updates(self) -> int:
@@ -328,11 +275,3 @@ class Ppo:
         """The policy; and the critic beside it, in `critic`."""
         self._critic.export(state.params[self._critic.name], path.with_name("critic"))
         self._policy.export(state.params["policy"], path)
-
-
-CONTROLS: Mapping[str, Callable[..., KlControl]] = {
-    "fixed": losses.fixed_kl_control,
-    "adaptive": losses.adaptive_kl_control,
-    "target": losses.target_kl_control,
-}
-"""By `algorithm.kl_control`."""

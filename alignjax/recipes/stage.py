@@ -262,14 +262,8 @@ def export_checkpoint(
     exporter = getattr(PHASES[phase][1], "exporter", Policy)
     policy = exporter(config, make_mesh(config.mesh))
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=config.loop.keep, read_only=True)
-    template = policy.init(jax.random.PRNGKey(0))
-    key = getattr(PHASES[phase][1], "policy_key", None)
     with contextlib.closing(checkpoints):
-        if key is None:
-            step, params = checkpoints.restore_params(template, step)
-        else:  # Beside a critic.
-            step, params = checkpoints.restore_params({key: template}, step)
-            params = params[key]
+        step, params = checkpoints.restore_params(policy.init(jax.random.PRNGKey(0)), step)
     if adapter:
         policy.export_adapter(params, out)
     else:
