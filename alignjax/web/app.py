@@ -157,8 +157,13 @@ class _Page:
     # What the page asks.
 
     async def session(self, request: Request) -> Response:
-        csrf = self._access.csrf(request.cookies[cookie_name(request)])
-        return JSONResponse({"csrf": csrf, "annotators": self._annotators})
+        return JSONResponse(
+            {
+                "csrf": self._access.csrf(request.cookies[cookie_name(request)]),
+                "store": self._access.identity,
+                "annotators": self._annotators,
+            }
+        )
 
     async def progress(self, request: Request) -> Response:
         return JSONResponse(await run_in_threadpool(summary, self._store))

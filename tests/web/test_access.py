@@ -53,6 +53,7 @@ def test_sessions_prove_themselves():
         assert not access.is_session(bad)
     # One that was given out before a token was asked for is none any more.
     assert not make_access("::1", key=KEY, token="x" * 16).is_session(session)
+    assert access.identity == make_access("::1", key=KEY).identity != other.identity
     assert access.is_csrf(session, access.csrf(session))
     for bad in ("", access.csrf(access.new_session()), other.csrf(session), session):
         assert not access.is_csrf(session, bad)

@@ -369,6 +369,31 @@ def test_a_server_that_dies_and_comes_back(start, tmp_path):
     page.said.clear()  # The browser complains of each attempt.
 
 
+def test_a_page_never_ranks_for_another_store(start, tmp_path):
+    """Another store at the same address, and a new tab of it that replaces the cookie."""
+    page = start(records(2))
+    press(page, "1 2")
+    page.wait_for_timeout(300)
+    page.server.process.kill()
+    page.server.process.wait()
+    press(page, "3")  # Never acknowledged: kept by the browser, for the store that it belongs to.
+    others = write(tmp_path / "other.jsonl", records(2))
+    with Server("--responses", others, port=page.server.port) as server:
+        tab = page.context.new_page()
+        tab.goto(server.url)
+        tab.wait_for_selector(".card")  # The name is known.
+        assert pressed(tab) == [None, None, None]
+        press(page, "Enter")
+        page.wait_for_function(
+            "() => document.getElementById('trouble').textContent.includes('Other prompts')"
+        )
+        tab.reload()
+        tab.wait_for_selector(".card")
+        assert pressed(tab) == [None, None, None]
+    assert open_store(tmp_path / "other.sqlite", None).judgements() == []
+    page.said.clear()
+
+
 def test_names_that_are_not_known(start):
     page = start(records(1), "--annotators", "ann,bob", name=None)
     page.fill("#name", "eve")

@@ -43,10 +43,17 @@ export async function get(path) {
   }
 }
 
+// A page never goes on with another store than it began with, whatever serves this address now.
 export async function openSession() {
-  session = await get("/api/session");
+  const found = await get("/api/session");
+  if (session !== null && session.store !== found.store) {
+    throw new Refused("Other prompts are ranked at this address now. Reload the page.");
+  }
+  session = found;
   return session;
 }
+
+export const store = () => session.store;
 
 // One at a time and in order; the same body goes out again until somebody says what became of it.
 let last = Promise.resolve();

@@ -9,12 +9,12 @@ function show(found) {
   element("bar").max = Math.max(1, found.tasks);
   element("bar").value = found.ranked;
   const { alpha, num_tasks, num_annotators } = found.agreement;
-  element("alpha").textContent = alpha === null ? "–" : alpha.toFixed(2);
+  element("alpha").textContent = alpha === null ? "–" : alpha.toFixed(2).replace("-", "−");
   element("alpha-text").textContent =
     alpha === null
       ? "Not known yet: it takes two people who ranked the same prompt, and not all as ties."
-      : `From ${num_tasks} ${num_tasks === 1 ? "prompt" : "prompts"} that several of ` +
-        `${num_annotators} people ranked.`;
+      : `From ${num_tasks} ${num_tasks === 1 ? "prompt" : "prompts"} that two or more people ` +
+        `ranked, ${num_annotators} people in all.`;
   const rows = found.annotators.map((person) => {
     const row = document.createElement("tr");
     for (const text of [person.name, person.ranked, person.skipped, person.flagged]) {

@@ -1,6 +1,6 @@
 // The page on which somebody ranks: what is on it, and keys, buttons and drags that change it.
 
-import { Refused, element, forgetToken, openSession, post, tell } from "/static/api.js";
+import { Refused, element, forgetToken, openSession, post, store, tell } from "/static/api.js";
 import { build, cards, make, paint } from "/static/board.js";
 
 const NAME_KEY = "alignjax label: annotator";
@@ -131,13 +131,14 @@ const chosen = () => ({
 // What the server has not acknowledged is kept here, for a page that is left before it does.
 function keep() {
   const body = asked(chosen());
-  localStorage.setItem(DRAFT_KEY, JSON.stringify(body));
+  localStorage.setItem(DRAFT_KEY, JSON.stringify({ store: store(), ...body }));
   return body;
 }
 
 function unacknowledged(task) {
   const body = JSON.parse(localStorage.getItem(DRAFT_KEY));
-  return body?.annotator === state.annotator && body?.task === task ? body : null;
+  const isMine = body?.store === store() && body?.annotator === state.annotator;
+  return isMine && body.task === task ? body : null;
 }
 
 function forget(request) {
