@@ -38,7 +38,7 @@ class Layout:
     form: str
     """What a record looks like, for messages."""
     fits: Callable[[Record], bool]
-    """Whether a record, without its null keys, looks like that."""
+    """Whether a record looks like that; a key whose value is null is not there."""
     read: Callable[[Record], Preference]
     """Raises UserError without the place of the record."""
     write: Callable[[Preference], list[Record]]
@@ -74,10 +74,10 @@ def open_preferences(
 
 def detect(record: Record) -> str:
     """The name of the layout that a record is in. Raises UserError if none or several fit."""
-    present = {key: value for key, value in record.items() if value is not None}
-    found = [name for name, layout in LAYOUTS.items() if layout.fits(present)]
+    found = [name for name, layout in LAYOUTS.items() if layout.fits(record)]
     if len(found) == 1:
         return found[0]
+    present = [key for key, value in record.items() if value is not None]
     there = f"fields there: {', '.join(present) or 'none'}"
     if found:
         raise UserError(f"the layout may be {' or '.join(found)} ({there}); name one as layout")
@@ -172,7 +172,11 @@ def to_ultrafeedback(preference: Preference, *, score: str = "overall_score") ->
 
 
 def _has(*names: str) -> Callable[[Record], bool]:
-    return lambda record: all(name in record for name in names)
+    return lambda record: all(record.get(name) is not None for name in names)
+
+
+def _is_bare_pair(record: Record) -> bool:
+    return _has("chosen", "rejected")(record) and not _has("prompt")(record)
 
 
 def _never(record: Record) -> bool:
@@ -189,7 +193,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "implicit": Layout(
         "chosen, rejected, which both begin with the prompt",
-        lambda r: _has("chosen", "rejected")(r) and "prompt" not in r and not is_transcript(r),
+        lambda r: _is_bare_pair(r) and not is_transcript(r),
         from_implicit, to_implicit,
     ),
     "unpaired": Layout(
@@ -198,12 +202,13 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "demonstrations": Layout(
         "prompt, completion, all of them good",
+        # One whose label is null is no demonstration: the labels of the others would not be read.
         lambda r: _has("prompt", "completion")(r) and "label" not in r,
         from_demonstration, to_demonstration,
     ),
     "hh": Layout(
         f"chosen, rejected, transcripts from {HUMAN!r} on",
-        lambda r: is_transcript(r) and "prompt" not in r, from_hh, to_hh,
+        lambda r: _is_bare_pair(r) and is_transcript(r), from_hh, to_hh,
     ),
     "hh_text": Layout(
         "the same, read as text", _never, functools.partial(from_hh, as_text=True), to_hh

@@ -155,7 +155,8 @@ class Reward:
         if self._eval is None:
             return Evaluated({})
         found = self._scored(state.params, self._eval)
-        return Evaluated({f"eval/{name}": value for name, value in pair_quality(*found).items()})
+        metrics = pair_quality(*found) | {"num_dropped": float(len(self._eval) - len(found[0]))}
+        return Evaluated({f"eval/{name}": value for name, value in metrics.items()})
 
     def _scored(self, params: Params, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores, ranks and lengths of all elements of a view that fit: [P, K] each."""

@@ -235,6 +235,10 @@ def test_layouts_that_are_unknown_or_ambiguous(tmp_path):
     with pytest.raises(UserError, match=r"may be native or pairs .*; name one as layout"):
         detect(record)
     assert detect(record | {"responses": None}) == "pairs"
+    record = {"prompt": "x", "completion": "a"}
+    assert detect(record) == "demonstrations" and detect(record | {"label": False}) == "unpaired"
+    with pytest.raises(UserError, match=r"no known layout .*fields there: prompt, completion\)"):
+        detect(record | {"label": None})
     with pytest.raises(UserError, match="layout='trl' is unknown; expected auto or native"):
         read(tmp_path, HH, layout="trl")
 

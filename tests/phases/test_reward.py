@@ -185,7 +185,7 @@ def test_it_learns(world):
     before = phase.evaluate(phase.init(jax.random.PRNGKey(0))).metrics
     state, _ = run(phase, 120)
     after = phase.evaluate(state).metrics
-    assert before["eval/accuracy"] < 0.65
+    assert before["eval/accuracy"] < 0.65 and before["eval/num_dropped"] == 0
     assert after["eval/accuracy"] > 0.9 and after["eval/loss"] < 0.3
     assert after["eval/accuracy_low"] < after["eval/accuracy"] <= after["eval/accuracy_high"]
     assert after["eval/margin"] > 2 and after["eval/ece"] < 0.1
@@ -296,6 +296,9 @@ def test_what_is_left_out_is_counted(world, tmp_path):
         _, collected = phase.collect(phase.init(jax.random.PRNGKey(0)), records)
     assert collected.metrics["num_faulty"] == 1 and collected.metrics["num_left_out"] == 1
     assert collected.metrics["num_dropped"] >= 3
+    phase = make(world, data | {"faulty": "drop", "eval": str(path)})
+    found = phase.evaluate(phase.init(jax.random.PRNGKey(0))).metrics
+    assert found["eval/num_dropped"] == 1 and found["eval/num_pairs"] == 1
     with pytest.raises(UserError, match=r"mixed\.jsonl:4: 74 tokens, but only 64 fit"):
         bad = make(world, data | {"faulty": "drop", "overlong": "error"})
         bad.collect(None, bad.records())
