@@ -13,11 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from alignjax.cli.main import main
 from alignjax.models import Model, ModelConfig, save
+from alignjax.phases.registry import PHASES
 from alignjax.recipes import chains
 from alignjax.recipes.stage import lock
 from alignjax.text import load_tokenizer, vocab_tokenizer
 
 REPO = Path(__file__).resolve().parents[2]
+NAMES, STAGES = " or ".join(PHASES), ["files", "tokenizer", *PHASES]
 PRESETS = (
     "'grpo', 'dr_grpo', 'dapo', 'bnpo', 'gspo', 'gmpo', 'cispo', 'sapo', 'opo', 'gdpo', 'gpg', "
     "'rloo' or 'reinforce_pp_baseline'"
@@ -50,6 +52,13 @@ rewards:
   functions:
     mine: {function: "HOME/rewards.py:length"}
 loop: {steps: 2, checkpoint_every: 1, num_samples: 100, tensorboard: false}
+"""
+REWARD = """\
+phase: reward
+name: reward
+model: {path: HOME/model}
+data: {train: ranked.jsonl, row_len: 512, num_prompts: 8, annotators: [ann, eve], overlong: error}
+loop: {steps: 2, checkpoint_every: 1, tensorboard: false}
 """
 REWARDS = """\
 import os, time
@@ -156,9 +165,9 @@ def lines(path):
         (SFT, ["loop.steps"], "command line: 'loop.steps' is not an override; write key=value, "
          "as in optimizer.learning_rate=1e-4"),
         (SFT.replace("phase: sft", "phase: stf"), [],
-         "c.yaml:1: expected phase: sft or grpo, or stages: ... for a recipe; got phase: 'stf'"),
+         f"c.yaml:1: expected phase: {NAMES}, or stages: ... for a recipe; got phase: 'stf'"),
         (SFT.replace("phase: sft\n", ""), [],
-         "c.yaml: expected phase: sft or grpo, or stages: ... for a recipe; found neither"),
+         f"c.yaml: expected phase: {NAMES}, or stages: ... for a recipe; found neither"),
         (SFT.replace("  rows: 8\n", "  rows: 8\n  rows: 9\n"), [],
          "c.yaml:9: key 'data.rows' was given in line 8"),
         (SFT.replace("{steps: 2,", "{steps: 2"), [], "c.yaml:11: not valid YAML: "),
@@ -249,6 +258,43 @@ def test_a_prompt_that_does_not_fit(refused):
     assert refused(GRPO, "rollout.max_tokens=120") == (
         "rollout.max_prompt_tokens=16 and max_tokens=120 exceed the model's context of 128 "
         "tokens; lower one"
+    )
+
+
+RANKED = {"prompt": "1+2=", "responses": ["3", "4"], "ranks": [1, 2], "annotator": "ann"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"responses": ["3"], "ranks": [1]}, "responses: 1 of them; expected at least 2: one "
+         "alone is better than none other. Add another, or judge it by labels"),
+        ({"annotator": "bob"}, "annotator: 'bob' is none of 'ann', 'eve'; add the id to "
+         "data.annotators, or correct the record"),
+        ({"responses": ["3", "3"]}, "responses[0] and responses[1] are equal, so neither is "
+         "better; take one out"),
+        ({"responses": ["3", " "]}, "responses[1]: empty, so there is nothing to train; take it "
+         "out"),
+        ({"ranks": None, "scores": [1.0, float("nan")]}, "scores[1]: expected a finite number, or "
+         "null where nobody judged, came float nan"),
+        ({"prompt": "1" * 200}, "203 tokens, but only 128 fit; allow more, shorten the record, or "
+         'set overlong to "drop"'),
+        ({"prompt": "x="}, "HOME/model/tokenizer.json: unknown character 'x' at position 0 of "
+         "'x='; the vocabulary has "),
+    ],
+)  # fmt: skip
+def test_line_2_of_preferences(refused, tmp_path, changes, message):
+    lines = [json.dumps(RANKED), json.dumps(RANKED | changes), json.dumps(RANKED)]
+    (tmp_path / "ranked.jsonl").write_text("\n".join(lines) + "\n")
+    said, message = refused(REWARD), f"ranked.jsonl:2: {message}"
+    assert said == message or (message.endswith(" ") and said.startswith(message))
+
+
+def test_preferences_of_no_known_layout(refused, tmp_path):
+    (tmp_path / "ranked.jsonl").write_text('{"question": "1+2=", "answer": "3"}\n')
+    assert refused(REWARD).startswith(
+        "ranked.jsonl:1: no known layout of preferences (fields there: question, answer); expected "
+        "one of native: prompt, responses and one of ranks, choices, labels, scores; pairs: prompt"
     )
 
 
@@ -510,8 +556,8 @@ stages:
          "stages.grpo.optimizer; did you mean 'learning_rate'?"),
         ("1e-3", "fast", "c.yaml:15: stages.grpo.optimizer.learning_rate: expected a number, got "
          "the text 'fast'"),
-        ("phase: grpo", "phase: grop", "c.yaml:8: stages.grpo.phase: expected 'files' or "
-         "'tokenizer' or 'sft' or 'grpo', got the text 'grop'; did you mean 'grpo'?"),
+        ("phase: grpo", "phase: grop", "c.yaml:8: stages.grpo.phase: expected "
+         f"{' or '.join(map(repr, STAGES))}, got the text 'grop'; did you mean 'grpo'?"),
         ("group_size: 4", "group_size: 1", "c.yaml:13: stages.grpo.rollout.group_size: "
          "group_size=1 gives no baseline; use at least 2"),
         ("verify.exact", "verify.exact, wieght: 2", "c.yaml:18: unknown key 'wieght' in "
