@@ -64,6 +64,38 @@ data:
 loop: {{steps: 1, tensorboard: false}}
 """
 
+PREFERENCE = """
+phase: preference
+name: preference
+output_dir: {root}
+model: {{init: {{hidden_size: 16, num_layers: 1, num_heads: 2, max_position_embeddings: 64}}}}
+tokenizer: {root}/sevens/tokenizer
+losses: {{bco: {{}}}}
+data:
+  train: {root}/sevens/train.jsonl
+  eval: {root}/sevens/test.jsonl
+  row_len: 64
+  num_prompts: 8
+cache_dir: {root}/cache
+loop: {{steps: 1, tensorboard: false}}
+"""
+KTO = PREFERENCE.replace("bco", "kto").replace("name: preference", "name: kto")
+
+ONLINE = """
+phase: online_preference
+name: online
+output_dir: {root}
+model: {{path: {root}/model}}
+data:
+  train: {root}/train.jsonl
+  text: {{fields: {{prompt: prompt, reference: reference}}}}
+rollout: {{num_prompts: 8, group_size: 2, max_prompt_tokens: 16, max_tokens: 8}}
+rewards:
+  functions: {{mine: {{function: "{root}/mine.py:reward"}}}}
+  num_workers: 1
+loop: {{steps: 1, tensorboard: false}}
+"""
+
 
 PPO = """
 phase: ppo
@@ -97,16 +129,17 @@ def logged(tmp_path_factory):
     names = {}
     (root / "sevens").mkdir()
     sevens.write(root / "sevens", seed=0, num_train=16, num_test=8)
-    for text in (REWARD, SFT, GRPO, PPO):
+    for text in (REWARD, PREFERENCE, KTO, SFT, ONLINE, GRPO, PPO):
         tree = loads(text.format(root=root))
         schema, phase_class = PHASES[tree.values["phase"]]
         config = build(schema, tree)
         phase = phase_class(config, make_mesh(config.mesh))
-        run_dir = root / config.phase
+        run_dir = root / config.name
         run_dir.mkdir(exist_ok=True)  # rewards.log may be in there already
         state = train(phase, config.loop, run_dir, seed=0, progress=Progress())
-        phase.export(state, root / ("reward_model" if text == REWARD else "model"))
-        names[config.phase] = {name for row in read_metrics(run_dir) for name in row}
+        if text == SFT:
+            phase.export(state, root / "model")
+        names[config.name] = {name for row in read_metrics(run_dir) for name in row}
         samples = (run_dir / "samples.jsonl").read_text().splitlines()
         names["samples"] = {name for line in samples for name in json.loads(line)}
     return names
@@ -124,14 +157,14 @@ def generic(name):
 
 def test_every_name_that_a_run_logs_is_explained(logged):
     explained = set(documented())
-    for phase in ("sft", "reward", "grpo", "ppo"):
+    for phase in ("sft", "reward", "preference", "kto", "online", "grpo", "ppo"):
         assert len(logged[phase]) > 10
         assert {generic(name) for name in logged[phase]} <= explained
 
 
 def test_every_name_that_is_explained_is_logged(logged):
-    phases = ("sft", "reward", "grpo", "ppo")
-    found = {generic(name) for phase in phases for name in logged[phase]}
+    runs = (names for name, names in logged.items() if name != "samples")
+    found = {generic(name) for name in set().union(*runs)}
     assert set(documented()) - found == {"aux_loss"}  # of models with experts: see test_sft.py
 
 

@@ -13,7 +13,6 @@ from alignjax.recipes import graph
 from alignjax.recipes.graph import RecipeConfig, run_recipe
 from alignjax.text import load_tokenizer
 
-STAGES = ["files", "tokenizer", *PHASES]
 FUNCTIONS = """
     import json
     from pathlib import Path
