@@ -102,6 +102,20 @@ CONFIGS["ppo"] = CONFIGS["grpo"] | {
         "overlong": "drop",
     },
 }  # fmt: skip
+CONFIGS["preference"] = CONFIGS["reward"] | {
+    # With a running mean in the state; the reference is asked before the first step.
+    "phase": "preference", "losses": {"bco": {"beta": 0.1}}, "cache_dir": "cache",
+}  # fmt: skip
+CONFIGS["online"] = (
+    COMMON
+    | {
+        "phase": "online_preference",
+        "losses": {"dpo": {"beta": 0.1}},
+        "algorithm": {"num_updates": 2, "num_minibatches": 2},
+        "loop": COMMON["loop"] | {"best_metric": "eval/sampled/reward", "best_mode": "max"},
+    }
+    | {name: CONFIGS["grpo"][name] for name in ("data", "rollout", "rewards", "evaluation")}
+)
 
 
 class Place:
@@ -111,7 +125,7 @@ class Place:
         self.folder, self.run = folder, folder / "runs" / "run"
         chains.write(folder, seed=0, num_questions=60, num_drills=10, num_train=40, num_test=8,
                      num_ops=(1, 2, 3))  # fmt: skip
-        (folder / "sevens").mkdir()
+        (folder / "sevens").mkdir(exist_ok=True)
         sevens.write(folder / "sevens", seed=0, num_train=60, num_test=20)
         model = Model(ModelConfig(vocab_size=23, **MODEL))
         save(folder / "base", model, model.init(jax.random.key(0)))
@@ -199,6 +213,9 @@ def uninterrupted(tmp_path_factory):
     return get
 
 
+PHASES = ["sft", "lora", "reward", "preference", "online", "grpo"]
+
+
 def assert_same(place, expected):
     found = place.content()
     assert found.keys() == expected.keys()
@@ -247,6 +264,13 @@ def test_what_the_runs_do_is_worth_resuming(uninterrupted):
     losses = [x["eval/loss"] for x in reward["metrics"] if "eval/loss" in x]
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.1
     assert json.loads(reward["model"]["reward.json"])["num"] > 40
+    _, preference = uninterrupted("preference")
+    shares = [x["eval/rewards/accuracies"] for x in preference["metrics"] if "eval/loss" in x]
+    assert len(shares) == 5 and shares[-1] > shares[0] + 0.1
+    assert len({x["delta"] for x in preference["metrics"][2:]}) == 13
+    _, online = uninterrupted("online")
+    assert len({x["reward"] for x in online["metrics"][1:]}) > 5
+    assert all(x["reward_margin"] > 0 for x in online["metrics"][1:])
     assert any("reference" in name for name in uninterrupted("grpo")[1]["state"])
     grpo = uninterrupted("grpo")[1]["metrics"]
     assert len({x["kl"] for x in grpo[1:]}) == 10 and len({x["reward"] for x in grpo[1:]}) > 5
@@ -259,7 +283,7 @@ def test_what_the_runs_do_is_worth_resuming(uninterrupted):
     assert '"texts"' in ppo["position"]
 
 
-@pytest.mark.parametrize("phase", ["sft", "lora", "reward", "grpo", "ppo"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_killed_at_random_and_during_a_save(tmp_path, uninterrupted, phase):
     place = Place(tmp_path, phase)
     kill_while(place, place.is_saving, after=4)
@@ -270,7 +294,7 @@ def test_killed_at_random_and_during_a_save(tmp_path, uninterrupted, phase):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("phase", ["sft", "lora", "reward", "grpo", "ppo"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_killed_again_and_again(tmp_path, uninterrupted, phase, seed):
     place = Place(tmp_path, phase)
     kill_while(place, place.is_saving)
