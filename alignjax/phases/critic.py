@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,8 @@ from alignjax.models import ScalarModel, load, load_reward, lora, save_reward, s
 from alignjax.models.heads import read_scalar, value_head
 from alignjax.phases.common import Policy, appearing
 from alignjax.phases.ppo_config import PpoConfig
-from alignjax.phases.scoring import check_same_ids
+from alignjax.phases.scoring import MOMENTS, check_same_ids, moments
+from alignjax.rewards.combine import RewardModelConfig
 from alignjax.sharding import copied
 from alignjax.train.step import Batch
 
@@ -55,7 +57,12 @@ class Critic(Protocol):
 
 
 class SeparateCritic:
-    """A decoder and a head of its own. All of it trains, under LoRA too."""
+    """A decoder and a head of its own. All of it trains, under LoRA too.
+
+    One that starts as a reward model says at first, after a whole text, what that model's reward
+    for it is: weight (score - mean) / std. The factor goes into its head and the rest is taken off
+    its values, since no head has a bias.
+    """
 
     name = "critic"
 
@@ -73,6 +80,7 @@ class SeparateCritic:
             load, source.path, **options
         )  # fmt: skip
         self._load_reward: Callable[..., Any] | None = None
+        self._scale, self._offset = 1.0, 0.0
         self._loaded: Params | None = None
         if path is None:
             plain = lora.plain(policy.model)
@@ -81,6 +89,11 @@ class SeparateCritic:
             self._model = ScalarModel(dataclasses.replace(plain, config=tied), value_head)
             return
         check_same_ids("critic.path", path, policy.tokenizer)
+        same = [model for model in config.rewards.models.values() if model.path == path]
+        reward = same[0] if same else RewardModelConfig(path=path)
+        mean, std, _ = moments(f"critic ({path})", reward)
+        self._scale = (reward.weight or 1.0) / std
+        self._offset = self._scale * mean
         self._load_reward = functools.partial(load_reward, path, **options)
         self._model, self._loaded = self._load_reward()
         longest = config.rollout.max_prompt_tokens + config.rollout.max_tokens
@@ -95,20 +108,23 @@ class SeparateCritic:
         if self._load_reward is not None:
             # What is given away is donated by the first update: asked again, it is read again.
             loaded, self._loaded = self._loaded, None
-            return self._load_reward()[1] if loaded is None else loaded
+            params = self._load_reward()[1] if loaded is None else loaded
+            return {**params, "head": {"kernel": self._scale * params["head"]["kernel"]}}
         trunk = copied(policy_params) if self._load is None else self._load()[1]
         return self._model.on({k: v for k, v in trunk.items() if k != "unembedding"}, key)
 
     def values(self, params: Params, batch: Batch, hidden: Array) -> Array:
         del hidden
         rows = batch["tokens"], batch["segment_ids"], batch["positions"]
-        return self._model.apply(params[self.name], *rows)
+        return self._model.apply(params[self.name], *rows) - self._offset
 
     def export(self, params: Params, path: Path) -> None:
         """A reward model's directory, that `critic.path` and `models.load_reward` read."""
         with appearing(path) as temporary:
             ids = self._policy.token_ids
             save_reward(temporary, self._model, params, extra_config=ids)
+            known = {"mean": self._offset, "std": 1.0}
+            (temporary / MOMENTS).write_text(json.dumps(known) + "\n", encoding="utf-8")
             self._policy.tokenizer.save(str(temporary))
 
 

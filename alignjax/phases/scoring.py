@@ -103,7 +103,7 @@ class RewardModel:
         dtype = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
         self._model, self.params = load_reward(config.path, mesh=mesh, compute_dtype=dtype)
         self._where = f"reward model {name!r} ({config.path})"
-        self._mean, self._std, self.warnings = _moments(self._where, config)
+        self._mean, self._std, self.warnings = moments(self._where, config)
         self._mesh = mesh
         self._apply = jax.jit(self._model.apply)
 
@@ -184,7 +184,7 @@ def check_same_ids(key: str, path: str, tokenizer: HFTokenizer) -> None:
         )
 
 
-def _moments(where: str, config: RewardModelConfig) -> tuple[float, float, list[str]]:
+def moments(where: str, config: RewardModelConfig) -> tuple[float, float, list[str]]:
     """Mean and standard deviation that scores are normalised by, and what to tell the user."""
     if config.mean is not None and config.std is not None:
         return config.mean, config.std, []

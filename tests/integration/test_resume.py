@@ -213,7 +213,7 @@ def uninterrupted(tmp_path_factory):
     return get
 
 
-PHASES = ["sft", "lora", "reward", "preference", "online", "grpo"]
+PHASES = list(CONFIGS)
 
 
 def assert_same(place, expected):

@@ -108,7 +108,11 @@ data:
   text: {{fields: {{prompt: prompt, reference: reference}}}}
 rollout: {{num_prompts: 8, max_prompt_tokens: 16, max_tokens: 8}}
 algorithm: {{num_epochs: 1, ptx_coef: 0.1}}
-ptx: {{train: {root}/corpus.jsonl, rows: 8, text: {{fields: {{completion: text}}}}, overlong: drop}}
+ptx:
+  train: {root}/corpus.jsonl
+  text: {{fields: {{completion: text}}}}
+  rows: 8
+  overlong: drop
 rewards:
   functions: {{mine: {{function: "{root}/mine.py:reward"}}}}
   num_workers: 1

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from alignjax.core.errors import UserError
-from alignjax.core.types import LENGTH, STOP, Completions, Sampling, Score
+from alignjax.core.types import LENGTH, STOP, Completions, Sample, Sampling, Score
 from alignjax.models import Model, ModelConfig, ScalarModel, save_reward
 from alignjax.phases import rollouts, scoring
 from alignjax.phases.ppo import Ppo
@@ -41,7 +41,7 @@ def world(tmp_path_factory):
     ids = {"pad_token_id": tokenizer.pad_id}
     save_reward(folder / "rm", reward, reward.init(jax.random.key(2)), extra_config=ids)
     tokenizer.save(str(folder / "rm"))
-    (folder / "rm/reward.json").write_text(json.dumps({"mean": 0.0, "std": 1.0, "num": 9}))
+    (folder / "rm/reward.json").write_text(json.dumps({"mean": 0.3, "std": 0.5, "num": 9}))
     return folder
 
 
@@ -125,11 +125,11 @@ def values_before(phase, params, ids):
     """Values of the states in which ids[1:] were chosen: each is read at the token before."""
     if "value_head" in params:
         hidden, _ = phase._policy.model.apply(params["policy"], *alone(ids))
-        head = params["value_head"]
+        head, offset = params["value_head"], 0.0
     else:
         hidden, _ = phase._critic._model.decoder.apply(params["critic"]["decoder"], *alone(ids))
-        head = params["critic"]["head"]
-    return (hidden[0].astype(jnp.float32) @ head["kernel"])[: len(ids) - 1]
+        head, offset = params["critic"]["head"], 0.3 / 0.5  # As rm/reward.json has it.
+    return (hidden[0].astype(jnp.float32) @ head["kernel"] - offset)[: len(ids) - 1]
 
 
 def f64(x):
@@ -320,6 +320,30 @@ def phase_loss(phase, params, batch):
         {k: v for k, v in metrics.items() if not k.startswith("sampling/")} for _, metrics in parts
     ]
     return loss, jax.tree.map(add, *sums)
+
+
+def test_a_critic_starts_as_the_reward_of_whole_texts(make, world, tmp_path):
+    rm = str(world / "rm")
+    phase = make(rewards={"models": {"rm": {"path": rm, "weight": -0.7}}}, critic={})
+    params = phase.init(jax.random.PRNGKey(0)).params
+    ids = np.concatenate([np.array([1, 8, 9, 3], np.int32), TOKENS[1]])
+    sample = Sample("p", "c", prompt_ids=ids[:4], completion_ids=ids[4:])
+    row = dict(zip(("tokens", "segment_ids", "positions"), map(jnp.asarray, alone(ids)),
+                   strict=True))  # fmt: skip
+    values = phase._critic.values(params, row, None)[0]
+    (score,) = phase._sampler.rewards([sample])
+    assert float(values[len(ids) - 1]) == pytest.approx(score.value, abs=1e-5)
+    assert abs(score.value) > 0.01
+    # What it is written as says the same when it is read again, as a reward or as a critic.
+    phase._critic.export(params["critic"], tmp_path / "critic")
+    again = make(rewards={"models": {"rm": {"path": str(tmp_path / "critic")}}}, critic={})
+    assert again._sampler.rewards([sample])[0].value == pytest.approx(score.value, abs=1e-5)
+    params = again.init(jax.random.PRNGKey(0)).params
+    np.testing.assert_allclose(again._critic.values(params, row, None)[0], values, atol=1e-5)
+    # From the policy, all values are 0 at first.
+    fresh = make(critic={"from_policy": True}, rewards={"models": {"rm": {"path": rm}}})
+    params = fresh.init(jax.random.PRNGKey(0)).params
+    assert not np.any(fresh._critic.values(params, row, None))
 
 
 def test_epochs_see_each_completion_once_in_other_orders(make):
