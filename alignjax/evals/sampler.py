@@ -78,8 +78,8 @@ class Sampler:
         context = self._model.config.max_position_embeddings
         if longest + config.max_tokens > context:
             raise UserError(
-                f"a prompt of {longest} tokens and max_tokens={config.max_tokens} exceed the "
-                f"context of {context} of the model {self._path}; lower max_tokens"
+                f"{self._path}: a prompt of {longest} tokens and max_tokens={config.max_tokens} "
+                f"exceed the model's context of {context}; lower max_tokens"
             )
         sampling = Sampling(
             temperature=config.temperature,

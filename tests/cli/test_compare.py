@@ -102,7 +102,7 @@ def test_a_reward_model_and_one_model_against_itself(root, capsys):
     [
         ([], "give either rewards or judge"),
         (["max_prompt_tokens=1", "judge.function=x.py:y"], "prompts.jsonl:2: 2 tokens, but only 1"),
-        (["max_tokens=40", "judge.function=x.py:y"], "exceed the context of 32 of the model"),
+        (["max_tokens=40", "judge.function=x.py:y"], "exceed the model's context of 32"),
         (["judge.function={root}/judges.py:nobody"], "has no function 'nobody'"),
     ],
 )

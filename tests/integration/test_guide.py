@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from alignjax.cli.run import check
-from alignjax.core.config import loads
+from alignjax.core.config import build, loads
+from alignjax.evals.win_rate import CompareConfig
 
 REPO = Path(__file__).resolve().parents[2]
 GUIDE = (REPO / "docs" / "guide.md").read_text(encoding="utf-8")
@@ -17,9 +18,10 @@ BLOCKS = re.findall(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", GUIDE, re.MULTILINE | r
 
 
 def test_its_configs_are_valid():
-    configs = [text for language, _, text in BLOCKS if language == "yaml"]
+    configs = {name: text for language, name, text in BLOCKS if language == "yaml"}
     assert len(configs) >= 3
-    for text in configs:
+    build(CompareConfig, loads(configs.pop("compare.yaml"), ["a=one", "b=other"]))
+    for text in configs.values():
         check(loads(text))
 
 
