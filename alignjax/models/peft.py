@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from alignjax.core.errors import UserError
-from alignjax.models.config import Family
-from alignjax.models.lora import split
-from alignjax.models.tensors import TENSORS
+from alignjax.models.lora import LoraConfig, split
+from alignjax.models.peft_modules import Module, modules_of
 from alignjax.models.transformer import Model
 
 if TYPE_CHECKING:
@@ -44,18 +44,20 @@ def save(path: str | os.PathLike[str], model: Model, adapters: Params, *, base: 
       adapters: as `lora.split` gives them.
       base: the directory or name of the base, for who reads the adapter.
     Raises:
-      UserError: if a tensor of transformers holds several of the adapted projections, or part of
-        one: it has no adapter of PEFT that is the same.
+      UserError: if DoRA adapts some and not all of the projections that one tensor of transformers
+        holds, as its magnitudes are of the whole tensor.
     """
     assert model.lora is not None
+    found = {
+        name: {part: _matrices(part, np.asarray(jax.device_get(x))) for part, x in arrays.items()}
+        for name, arrays in projections(adapters).items()
+    }
+    modules = modules_of(model, found)
     tensors: dict[str, np.ndarray] = {}
-    targets = set()
-    for name, arrays in projections(adapters).items():
-        module = module_name(model.config.family, name)
-        targets.add(module.partition("{layer}.")[2])
-        for part, stacked in arrays.items():
-            for layer, array in enumerate(_matrices(part, np.asarray(jax.device_get(stacked)))):
-                key = f"{PREFIX}{module.format(layer=layer)}.{PARTS[part]}"
+    for module in modules:
+        for part, stacked in module.join([found[name] for name in module.projections]).items():
+            for layer, array in enumerate(stacked):
+                key = f"{PREFIX}{module.name.format(layer=layer)}.{PARTS[part]}"
                 tensors[key] = np.ascontiguousarray(array, np.float32)
     directory = Path(path)
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
@@ -65,7 +67,8 @@ def save(path: str | os.PathLike[str], model: Model, adapters: Params, *, base: 
         "base_model_name_or_path": base,
         **{theirs: getattr(model.lora, ours) for theirs, (ours, _) in FIELDS.items()},
         "lora_dropout": model.lora.dropout,
-        "target_modules": sorted(targets),
+        "target_modules": sorted(module.target for module in modules),
+        **_patterns(model.lora, modules),
         "bias": "none",
         "fan_in_fan_out": model.config.family == "gpt2",  # whose kernels are [in, out]
         "inference_mode": True,
@@ -93,23 +96,38 @@ def load(path: str | os.PathLike[str], model: Model) -> dict[str, Any]:
             raise UserError(
                 f"{directory / CONFIG}: {name}={found!r}, but lora.{field}={ours!r}: make them one"
             )
-    for name in ("rank_pattern", "alpha_pattern"):
-        if config.get(name):
-            raise UserError(
-                f"{directory / CONFIG}: {name}={config[name]!r} is not supported; all projections "
-                "have one rank and alpha here"
-            )
     shapes, _ = split(jax.eval_shape(model.init, jax.random.key(0)))
+    expected = {
+        name: {
+            part: _matrices(part, np.zeros(shape.shape, np.float32))
+            for part, shape in arrays.items()
+        }
+        for name, arrays in projections(shapes).items()
+    }
+    modules = modules_of(model, expected)
+    patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    is_joined = any(patterns.values())
+    if is_joined and patterns != _patterns(model.lora, modules):
+        raise UserError(
+            f"{directory / CONFIG}: {patterns} is not supported; all projections have one rank and "
+            "alpha here"
+        )
     stacked = {}
-    for name, arrays in projections(shapes).items():
-        for part, shape in arrays.items():
-            key = f"{PREFIX}{module_name(model.config.family, name)}.{PARTS[part]}"
-            layers = [
-                _take(tensors, key.format(layer=layer), directory, expected)
-                for layer, expected in enumerate(_matrices(part, np.empty(shape.shape)))
-            ]
-            turned = np.stack(layers) if part == "magnitude" else np.stack(layers).swapaxes(1, 2)
-            stacked[name, part] = turned.reshape(shape.shape)
+    for module in modules:
+        parts = [expected[name] for name in module.projections]
+        shape_of = module.join(parts) if is_joined else module.share(parts)
+        read = {
+            part: np.stack([
+                _take(tensors, f"{PREFIX}{module.name.format(layer=layer)}.{PARTS[part]}",
+                      directory, one)
+                for layer, one in enumerate(arrays)
+            ])
+            for part, arrays in shape_of.items()
+        }  # fmt: skip
+        for name, arrays in zip(module.projections, module.parted(read, is_joined), strict=True):
+            for part, array in arrays.items():
+                turned = array if part == "magnitude" else array.swapaxes(1, 2)
+                stacked[name, part] = turned.reshape(projections(shapes)[name][part].shape)
     if tensors:
         raise UserError(
             f"{directory / WEIGHTS}: tensor {min(tensors)!r} belongs to no projection of "
@@ -118,6 +136,17 @@ def load(path: str | os.PathLike[str], model: Model) -> dict[str, Any]:
     leaves, structure = jax.tree.flatten_with_path(shapes)
     names = ([key.key for key in key_path] for key_path, _ in leaves)
     return jax.tree.unflatten(structure, [stacked[".".join(n[1:-2]), n[-1]] for n in names])
+
+
+def _patterns(config: LoraConfig, modules: Sequence[Module]) -> dict[str, dict[str, float]]:
+    """Rank and alpha of the modules in which several adapters are one: they add up, so that what an
+    adapter is scaled by stays."""
+    counts = {m.target: len(m.projections) for m in modules if len(m.projections) > 1}
+    power = 0.5 if config.rslora else 1.0  # It is scaled by alpha / rank^power.
+    return {
+        "rank_pattern": {target: k * config.rank for target, k in counts.items()},
+        "alpha_pattern": {target: k**power * config.alpha for target, k in counts.items()},
+    }
 
 
 def _take(
@@ -143,22 +172,6 @@ def projections(adapters: Params) -> dict[str, dict[str, Any]]:
         *path, _, part = (key.key for key in key_path)
         found.setdefault(".".join(path), {})[part] = array
     return found
-
-
-def module_name(family: Family, projection: str) -> str:
-    """attention.query -> model.layers.{layer}.self_attn.q_proj, by the names of the kernel.
-
-    Raises:
-      UserError: if there is no module of transformers that is this projection and nothing else.
-    """
-    path = ("layers", *projection.split("."), "kernel")
-    for name, tensor in TENSORS[family].items():
-        if tensor.paths == (path,):
-            return name.removesuffix(".weight")
-    raise UserError(
-        f"the projection {projection} is not a module of its own in transformers, so that PEFT has "
-        "no adapter that is the same: export the merged weights, without --adapter"
-    )
 
 
 def _matrices(part: str, stacked: np.ndarray) -> np.ndarray:

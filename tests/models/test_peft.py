@@ -108,12 +108,84 @@ def test_peft_computes_the_same(tmp_path, kind):
     assert (config.r, config.lora_dropout) == (KINDS[kind].rank, KINDS[kind].dropout)
 
 
-@pytest.mark.parametrize("family", ["phi3", "gpt2"])
-def test_a_projection_that_is_part_of_another_tensor(tmp_path, family):
-    config = ModelConfig(family=family, vocab_size=19, hidden_size=32, num_heads=4)
-    model = Model(config, lora=LoraConfig(rank=2))
+FUSED = {
+    "phi3": ModelConfig(family="phi3", vocab_size=19, hidden_size=32, num_heads=4, num_kv_heads=2,
+                        intermediate_size=48, initializer_range=0.3),
+    "gpt2": ModelConfig(family="gpt2", vocab_size=19, hidden_size=32, num_heads=4,
+                        initializer_range=0.3, activation="gelu_tanh"),
+}  # fmt: skip
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+FUSED_KINDS = {
+    "all": LoraConfig(rank=3, alpha=6),
+    "rslora": LoraConfig(rank=3, alpha=6.5, rslora=True),
+    "dora": LoraConfig(rank=2, alpha=6, dora=True),
+    "some": LoraConfig(rank=2, alpha=8, targets=("attention.query", "attention.value", "mlp.up")),
+}
+
+
+@pytest.mark.parametrize("kind", FUSED_KINDS)
+@pytest.mark.parametrize("family", FUSED)
+def test_projections_that_are_parts_of_one_tensor(tmp_path, family, kind):
+    """For PEFT their adapters are one: the same function, and they come back bit for bit."""
+    library = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    plain, model = Model(FUSED[family]), Model(FUSED[family], lora=FUSED_KINDS[kind])
+    base = plain.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(
+        lambda x: x + rng.normal(size=x.shape, scale=0.2).astype(np.float32),
+        lora.init(model, base, jax.random.key(1)),
+    )
+    save(tmp_path / "base", plain, base, extra_config=IDS)
+    (tmp_path / "adapter").mkdir()
+    peft.save(tmp_path / "adapter", model, adapters, base=str(tmp_path / "base"))
+    back = peft.load(tmp_path / "adapter", model)
+    jax.tree.map(np.testing.assert_array_equal, back, adapters)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tokens = np.random.default_rng(1).integers(0, 19, (2, 9)).astype(np.int32)
+    batch = tokens, np.ones_like(tokens), np.tile(np.arange(9, dtype=np.int32), (2, 1))
+    with torch.no_grad():
+        before = theirs(torch.tensor(tokens).long()).logits.numpy()
+        adapted = library.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+        expected = adapted(torch.tensor(tokens).long()).logits.numpy()
+    params = lora.combine(base, adapters)
+    found = jax.jit(lambda p: model.logits(p, model.apply(p, *batch)[0]))(params)
+    np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-4)
+    assert np.abs(expected - before).max() > 0.3, "the adapter does something"
+
+
+def test_an_adapter_that_peft_made_of_a_tensor_with_three_projections(tmp_path):
+    library = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    base = Model(FUSED["phi3"]).init(jax.random.key(0))
+    save(tmp_path / "base", Model(FUSED["phi3"]), base, extra_config=IDS)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = library.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["qkv_proj", "down_proj"], init_lora_weights=False
+    )
+    adapted = library.get_peft_model(theirs, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    targets = ("attention.query", "attention.key", "attention.value", "mlp.down")
+    model = Model(FUSED["phi3"], lora=LoraConfig(rank=3, alpha=5, targets=targets))
+    params = lora.combine(base, peft.load(tmp_path / "adapter", model))
+    tokens = np.random.default_rng(1).integers(0, 19, (2, 9)).astype(np.int32)
+    batch = tokens, np.ones_like(tokens), np.tile(np.arange(9, dtype=np.int32), (2, 1))
+    found = jax.jit(lambda p: model.logits(p, model.apply(p, *batch)[0]))(params)
+    with torch.no_grad():
+        expected = adapted(torch.tensor(tokens).long()).logits.numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-4)
+    fewer = Model(FUSED["phi3"], lora=LoraConfig(rank=3, alpha=5, targets=targets[1:]))
+    with pytest.raises(UserError, match=r"self_attn.qkv_proj is not one of .*key, .*value alone"):
+        peft.load(tmp_path / "adapter", fewer)
+
+
+def test_doras_magnitudes_are_of_the_whole_tensor(tmp_path):
+    kind = LoraConfig(rank=2, dora=True, targets=("attention.query",))
+    model = Model(FUSED["phi3"], lora=kind)
     adapters, _ = lora.split(model.init(jax.random.key(0)))
-    with pytest.raises(UserError, match=r"attention\.key is not a module .* without --adapter"):
+    with pytest.raises(UserError, match=r"qkv_proj of transformers holds more .* without --adapt"):
         peft.save(tmp_path, model, adapters, base="base")
 
 
