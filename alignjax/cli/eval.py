@@ -14,6 +14,7 @@ examples:
   alignjax eval runs/r1_zero/zero
   alignjax eval runs/r1_zero/zero num_samples=16 num_problems=100 temperature=0.7
   alignjax eval runs/r1_zero/zero model=runs/r1_zero/base/model --out before
+  alignjax eval runs/ppo correct=null reference=runs/sft/model
   alignjax eval runs/reward
   alignjax eval my_eval.yaml
 
@@ -68,9 +69,11 @@ def _problems(tree: Tree, is_shown: bool, out: Path | None) -> None:
     for name, estimate in report.estimates.items():
         print(f"{name:<10} {estimate}")
     print(
-        f"reward     {report.mean_reward:.3f}\nlength     {report.mean_length:.1f} tokens, "
+        f"reward     {report.reward}\nlength     {report.mean_length:.1f} tokens, "
         f"{100 * report.truncated_frac:.1f}% cut at {config.max_tokens}"
     )
+    if report.kl is not None:
+        print(f"KL         {report.kl} nats per completion from {config.reference}")
     if report.num_failed:
         print(f"failed     {report.num_failed} rewards (counted as wrong)")
     if out is not None:

@@ -1,6 +1,8 @@
-"""Means of values in [0, 1] -> their 95% confidence intervals. NumPy only."""
+"""Means -> their 95% confidence intervals. NumPy only."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,3 +40,37 @@ def clustered_interval(values: np.ndarray, num_samples: int) -> tuple[float, flo
     half = Z95 / (1 + Z95**2 / N) * np.sqrt(spread / N + Z95**2 / (4 * N**2))
     # p itself is always inside, but for the last bit at 0 and 1
     return max(0.0, min(p, center - half)), min(1.0, max(p, center + half))
+
+
+class Mean(NamedTuple):
+    """A mean and its 95% confidence interval, of values that may be any numbers."""
+
+    mean: float
+    low: float
+    high: float
+
+    def as_json(self) -> dict[str, float | None]:
+        """Null where nothing can be said."""
+        return {k: v if np.isfinite(v) else None for k, v in self._asdict().items()}
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def mean_by_row(values: np.ndarray) -> Mean:
+    """The mean over rows of the means of their values, with m +- z s / sqrt(P).
+
+    s is the standard deviation of the means of P rows (P - 1 below): the row is the unit, however
+    alike its values are. Of one row nothing can be said: the interval is infinite.
+
+    Args:
+      values: [P, n] float; nan where there is none, rows without any are left out.
+    """
+    known = np.isfinite(values)
+    kept = known.any(axis=1)
+    means = np.where(known, values, 0.0).sum(axis=1)[kept] / known.sum(axis=1)[kept]
+    if not len(means):
+        return Mean(np.nan, np.nan, np.nan)
+    half = Z95 * np.std(means, ddof=1) / np.sqrt(len(means)) if len(means) > 1 else np.inf
+    mean = float(means.mean())
+    return Mean(mean, float(mean - half), float(mean + half))

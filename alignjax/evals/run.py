@@ -1,17 +1,21 @@
 """A model and held-out problems -> accuracy with its interval, and what the model answered."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from alignjax.core.errors import UserError
+from alignjax.core.intervals import Mean, mean_by_row
+from alignjax.core.precision import compute_dtype
 from alignjax.data import Examples, examples, open_source, prompt_encoder
 from alignjax.evals.accuracy import Estimate, maj_at_k, pass_at_1, pass_at_k
+from alignjax.evals.kl import log_ratios
 from alignjax.evals.sampler import MakeRewards, Sampler, SamplingConfig
 from alignjax.rewards.answers import find_answer, visible
 from alignjax.rewards.combine import RewardConfig
@@ -25,10 +29,14 @@ class EvalConfig(SamplingConfig):
     """A Hugging Face directory, such as runs/NAME/model, or an id of the Hub."""
     tokenizer: str | None = None
     rewards: RewardConfig
-    correct: str = "accuracy"
-    """The part of the reward that says whether an answer is right: at least 0.5 counts as right."""
+    correct: str | None = "accuracy"
+    """The part of the reward that says whether an answer is right: at least 0.5 counts as right.
+    null: no answer is right or wrong, and the reward alone is measured."""
     answer: str = "answer_tag"
     """Where the answer stands that maj@k votes on; see rewards.verify."""
+    reference: str | None = None
+    """A model with the same tokenizer, such as the one that training began with: how far the model
+    has moved from it is measured, too, as the KL per completion."""
 
     @field_validator("answer")
     @classmethod
@@ -39,25 +47,41 @@ class EvalConfig(SamplingConfig):
             raise ValueError(f"not a regular expression: {error}") from error
         return place
 
+    @model_validator(mode="after")
+    def _samples_all(self) -> Self:
+        if self.reference is not None and (self.temperature, self.top_k, self.top_p) != (1, 0, 1):
+            raise ValueError(
+                f"reference: the KL is that of what the model samples by itself; with temperature="
+                f"{self.temperature}, top_k={self.top_k}, top_p={self.top_p} it is of something "
+                "else: set them to 1, 0 and 1, or leave reference out"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class Report:
     """The figures, by name, and every sample."""
 
     estimates: dict[str, Estimate]
-    mean_reward: float
+    reward: Mean
+    """Of the problems; samples without a reward are left out."""
     mean_length: float
     truncated_frac: float
     num_failed: int
     rollouts: Rollouts
+    kl: Mean | None = None
+    """From the reference, nats per completion, where one was given."""
 
     def as_json(self) -> dict[str, Any]:
-        figures = {
+        figures: dict[str, Any] = {
             name: {"mean": e.mean, "low": e.low, "high": e.high}
             for name, e in self.estimates.items()
         }
+        if self.kl is not None:
+            figures["kl"] = self.kl.as_json()
         return figures | {
-            "reward": self.mean_reward,
+            "reward": self.reward.as_json()["mean"],
+            "reward_interval": self.reward.as_json(),
             "mean_length": self.mean_length,
             "truncated_frac": self.truncated_frac,
             "num_failed_rewards": self.num_failed,
@@ -91,18 +115,36 @@ def evaluate(config: EvalConfig, make_rewards: MakeRewards) -> Report:
     tasks = [Task(p.tokens, p.example.reference, p.example.fields) for p in prompts]
     with make_rewards(config.rewards, sampler.tokenizer, sampler.mesh) as score:
         out = sampler.sample(tasks, score)
-    if config.correct not in out.part_names:
+    if config.correct is not None and config.correct not in out.part_names:
         there_are = (
             ", ".join(out.part_names) or f"none, as every reward failed: {out.scores[0].error}"
         )
         raise UserError(
             f"correct={config.correct!r} is no part of the reward; there are {there_are}"
         )
-    return report(out, config.correct, config.answer)
+    found = report(out, config.correct, config.answer)
+    if config.reference is None:
+        return found
+    dtype = compute_dtype(config.compute_dtype, sampler.mesh.devices.flat[0].platform)
+    ratios = log_ratios(out, config.reference, sampler.mesh, temperature=1.0, dtype=dtype)
+    return dataclasses.replace(found, kl=mean_by_row(ratios))
 
 
-def report(rollouts: Rollouts, correct_part: str, answer: str) -> Report:
-    """pass@1, and where there are several samples pass@k and maj@k at k = n and powers of 2."""
+def report(rollouts: Rollouts, correct_part: str | None, answer: str) -> Report:
+    """The reward; with a part that says what is right also pass@1, and where there are several
+    samples pass@k and maj@k at k = n and powers of 2."""
+    valued = [score.value for score in rollouts.scores if score.value is not None]
+    return Report(
+        {} if correct_part is None else _accuracies(rollouts, correct_part, answer),
+        reward=mean_by_row(rollouts.rewards),
+        mean_length=float(rollouts.completions.lengths.mean()),
+        truncated_frac=float(rollouts.is_truncated.mean()),
+        num_failed=len(rollouts.scores) - len(valued),
+        rollouts=rollouts,
+    )
+
+
+def _accuracies(rollouts: Rollouts, correct_part: str, answer: str) -> dict[str, Estimate]:
     correct = rollouts.part(correct_part) >= 0.5
     n = correct.shape[1]
     found = [find_answer(visible(s.prompt, s.completion), answer) for s in rollouts.samples]
@@ -111,15 +153,7 @@ def report(rollouts: Rollouts, correct_part: str, answer: str) -> Report:
     for k in _powers(n):
         estimates[f"pass@{k}"] = pass_at_k(correct, k)
         estimates[f"maj@{k}"] = maj_at_k(answers, correct, k)
-    valued = [score.value for score in rollouts.scores if score.value is not None]
-    return Report(
-        estimates,
-        mean_reward=sum(valued) / max(1, len(valued)),
-        mean_length=float(rollouts.completions.lengths.mean()),
-        truncated_frac=float(rollouts.is_truncated.mean()),
-        num_failed=len(rollouts.scores) - len(valued),
-        rollouts=rollouts,
-    )
+    return estimates
 
 
 def write_report(report: Report, folder: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_failed_reward_counts_as_wrong_and_is_counted():
     assert result.num_failed == 3
     assert result.estimates["pass@1"].mean == 0.25
     assert result.estimates["pass@2"].mean == 0.5
-    assert result.mean_reward == 1.5  # of the one that has a reward
+    assert result.reward.mean == 1.5  # of the one that has a reward
     none = report(rollouts([[(said(7), None)]]), "accuracy", "answer_tag")
     assert (none.num_failed, none.estimates["pass@1"].mean) == (1, 0.0)
 
