@@ -27,7 +27,7 @@ def rollouts(texts, rewards=None):
 
 
 A = rollouts([["aaa", "a"], ["aa", "aaaa"], ["a", "a"]], [[2, 1], [0, np.nan], [5, 3]])
-B = rollouts([["b", "bb"], ["bb", "b"], ["bbb", "b"]], [[1, 1], [4, 2], [5, 4]])
+B = rollouts([["b", "bb"], ["bb", "b"], ["bbb", "bbb"]], [[1, 1], [4, 2], [5, 4]])
 
 
 def test_the_higher_reward_wins():
@@ -39,9 +39,9 @@ def test_the_higher_reward_wins():
     assert (compared.win_rate.low, compared.win_rate.high) == (low, high)
     figures = compared.as_json()
     assert [figures[k] for k in ("wins", "ties", "losses", "num_failed")] == [1, 2, 2, 1]
-    assert figures["mean_length"] == {"a": 12 / 6, "b": 10 / 6}
-    # Longer ones: a wins (3 > 1), b ties (1 < 2), equal, left out, b ties (1 < 3), equal.
-    assert figures["longer_is_preferred"] == pytest.approx((1 + 0.5 + 0.5) / 3)
+    assert figures["mean_length"] == {"a": 12 / 6, "b": 12 / 6}
+    # Longer ones: a wins (3 > 1), b ties (1 < 2), equal, left out, b ties (1 < 3) and wins.
+    assert figures["longer_is_preferred"] == pytest.approx((1 + 0.5 + 0.5 + 1) / 4)
     assert "first_is_preferred" not in figures
 
 
@@ -57,10 +57,10 @@ def judge(p):
 
 def test_a_judge_without_a_bias():
     verdicts = by_judge(A, B, judge(lambda first, second: float(len(first) > len(second))))
-    # By length, strictly: 3 > 1, 1 < 2, 2 = 2, 4 > 1, 1 < 3, 1 = 1.
-    np.testing.assert_array_equal(verdicts.a_is_better, [[1, 0], [0.5, 1], [0, 0.5]])
-    np.testing.assert_array_equal(verdicts.first_is_better, [[0.5, 0.5], [0, 0.5], [0.5, 0]])
-    np.testing.assert_array_equal(verdicts.orders_agree, [[1, 1], [0, 1], [1, 0]])
+    # By length, strictly: 3 > 1, 1 < 2, 2 = 2, 4 > 1, 1 < 3 twice.
+    np.testing.assert_array_equal(verdicts.a_is_better, [[1, 0], [0.5, 1], [0, 0]])
+    np.testing.assert_array_equal(verdicts.first_is_better, [[0.5, 0.5], [0, 0.5], [0.5, 0.5]])
+    np.testing.assert_array_equal(verdicts.orders_agree, [[1, 1], [0, 1], [1, 1]])
 
 
 def test_a_judge_that_prefers_the_first_place_says_nothing_of_the_models():
