@@ -54,7 +54,7 @@ class Mean(NamedTuple):
         return {k: v if np.isfinite(v) else None for k, v in self._asdict().items()}
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def mean_by_row(values: np.ndarray) -> Mean:

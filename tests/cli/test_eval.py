@@ -86,7 +86,8 @@ def test_what_is_printed(run, capsys, tmp_path):
     assert [line.split()[0] for line in out] == [
         "pass@1", "pass@2", "maj@2", "reward", "length", "wrote"
     ]  # fmt: skip
-    assert out[3] == f"reward     {figures['reward']:.3f}"
+    low, high = (figures["reward_interval"][end] for end in ("low", "high"))
+    assert out[3] == f"reward     {figures['reward']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def test_failed_rewards_are_counted_as_wrong(run, capsys, tmp_path):

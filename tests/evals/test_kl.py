@@ -102,7 +102,7 @@ def test_means_by_row():
     found = mean_by_row(values)  # Of rows: 2, 4 and 0.
     half = Z95 * 2 / np.sqrt(3)
     assert tuple(found) == pytest.approx((2, 2 - half, 2 + half))
-    assert str(found) == f"2 [{2 - half:.4g}, {2 + half:.4g}]"
+    assert str(found) == f"2.000 [{2 - half:.3f}, {2 + half:.3f}]"
     alone = mean_by_row(values[:1])
     assert alone.as_json() == {"mean": 2.0, "low": None, "high": None}
     assert mean_by_row(values[2:3]).as_json()["mean"] is None
