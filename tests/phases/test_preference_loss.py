@@ -160,19 +160,12 @@ def test_each_loss_of_pairs_takes_what_its_function_does(case, name):
 
 
 def test_the_sum_of_all_losses_of_pairs_at_once(case):
-    """Values, weights and order of what each takes, through rows; and a finite gradient."""
+    """What each of them takes comes through the rows as it is; weights; a finite gradient."""
     inputs = expected_inputs(case)
-    options = {"dpo": {"beta": 0.2}, "bco": {"beta": 0.01}}
-    parts = tuple(
-        Part(0.5 + i, LOSSES[name], options.get(name, {})) for i, name in enumerate(PAIR_LOSSES)
-    )
-    objective = Objective(parts, 1.0)
-    expected = sum(
-        part.weight * np.sum(np.asarray(
-            part.loss.function(*(inputs[key] for key in part.loss.takes), **part.options)
-        ))
-        for part in parts
-    )  # fmt: skip
+    options = {"dpo": {"beta": 0.2}, "bco": {"beta": 0.01}, "wpo": {"max_weight": np.inf}}
+    parts = tuple(Part(1.0, LOSSES[name], options.get(name, {})) for name in PAIR_LOSSES)
+    expected_each = [float(np.sum(part(inputs))) for part in parts]
+    weights = jnp.linspace(0.5, 1.5, len(parts))
     batch = {name: x[0] for name, x in rows_of(case, shared_prompt=True).items()}
     is_there = batch["index"] >= 0
     place = np.maximum(batch["index"], 0)
@@ -186,16 +179,23 @@ def test_the_sum_of_all_losses_of_pairs_at_once(case):
     scorer = scorer_of(case, with_log_collision=True)
 
     @jax.jit
-    def run(params):
-        def total(params):
+    def run(params, weights):
+        def total(params, weights):
+            weighted = (
+                Part(w, part.loss, part.options) for w, part in zip(weights, parts, strict=True)
+            )
+            objective = Objective(tuple(weighted), 1.0)
             loss, metrics = pair_loss(scorer, objective, params, batch)
             return loss.total, (loss.weight, metrics)
 
-        return jax.value_and_grad(total, has_aux=True)(params)
+        return jax.value_and_grad(total, (0, 1), has_aux=True)(params, weights)
 
-    (total, (weight, metrics)), gradient = run(case["params"])
+    (total, (weight, metrics)), (gradient, by_weight) = run(case["params"], weights)
     assert float(weight) == NUM
-    np.testing.assert_allclose(total, expected, rtol=1e-4)
+    # By the weight of a loss the sum has that loss for its derivative.
+    for name, found, expected in zip(PAIR_LOSSES, by_weight, expected_each, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=3e-4, err_msg=name)
+    np.testing.assert_allclose(total, np.dot(weights, expected_each), rtol=1e-4)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
     # Metrics: of the first loss, whose beta is 0.2.
