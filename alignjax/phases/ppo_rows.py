@@ -72,7 +72,8 @@ def explained_variance(returns: np.ndarray, values: np.ndarray) -> float:
 
 
 def best_of_n(rollouts: Rollouts) -> dict[str, float]:
-    """The best of the samples of each prompt by the reward, which leave out those without one.
+    """The best of the samples of each prompt by the reward, those without one left out: its reward,
+    the parts of it, its length.
 
     The KL is the bound log n - (n - 1) / n (arXiv:2009.01325 app. G.3), nats for each completion.
     """
@@ -80,14 +81,19 @@ def best_of_n(rollouts: Rollouts) -> dict[str, float]:
     n = rewards.shape[1]
     has_one = np.isfinite(rewards).any(1)
     filled = np.where(np.isfinite(rewards), rewards, -np.inf)
-    lengths = rollouts.completions.lengths.reshape(rewards.shape)
-    best = np.take_along_axis(lengths, filled.argmax(1)[:, None], 1)[:, 0]
+    best = filled.argmax(1)[has_one, None]
     is_valid = np.isfinite(rewards)
+
+    def of_best(values: np.ndarray) -> float:
+        found = np.take_along_axis(values[has_one], best, 1)
+        return _mean(found[np.isfinite(found)])
+
     return {
-        "eval/best_of_n/reward": _mean(filled.max(1)[has_one]),
-        "eval/best_of_n/mean_length": _mean(best[has_one]),
+        "eval/best_of_n/reward": of_best(rewards),
+        "eval/best_of_n/mean_length": of_best(rollouts.completions.lengths.reshape(rewards.shape)),
         "eval/best_of_n/kl": float(np.log(n) - (n - 1) / n),
         "eval/best_of_n/reference_reward": _mean(rewards[is_valid]),
+        **{f"eval/best_of_n/{name}": of_best(rollouts.part(name)) for name in rollouts.part_names},
     }
 
 

@@ -465,7 +465,8 @@ def test_configs_that_make_no_sense(world, changes, message):
 
 def test_best_of_n_by_hand():
     lengths = np.array([3, 5, 2, 9, 4, 1], np.int32)
-    scores = [Score(v) for v in (1.0, 3.0)] + [Score(None, error="x"), Score(-1.0)]
+    scores = [Score(1.0, {"f": 5.0}), Score(3.0, {"f": 7.0, "f/x": 2.0})]
+    scores += [Score(None, error="x"), Score(-1.0, {"f": -2.0})]
     scores += [Score(None, error="x")] * 2
     empty = np.zeros((6, 9), np.float32)
     out = Completions(empty.astype(np.int32), lengths, empty, np.zeros(6, np.int8))
@@ -473,6 +474,7 @@ def test_best_of_n_by_hand():
     assert found == pytest.approx({
         "eval/best_of_n/reward": (3 - 1) / 2, "eval/best_of_n/mean_length": (5 + 9) / 2,
         "eval/best_of_n/kl": math.log(2) - 0.5, "eval/best_of_n/reference_reward": 1.0,
+        "eval/best_of_n/f": (7 - 2) / 2, "eval/best_of_n/f/x": 2.0,
     })  # fmt: skip
 
 
