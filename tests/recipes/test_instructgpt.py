@@ -95,7 +95,7 @@ def write_model(path: Path, family: str) -> Path:
 
 SMALL = {
     "data": ["args.num_test=8", "args.num_train=24"],
-    "tokenizer": ["vocab_size=300"],
+    "tokenizer": ["vocab_size=308"],
     "base": ["data.rows=2", "loop.steps=2", "data.row_len=256", "optimizer.warmup_steps=0",
              "model.init={hidden_size: 32, num_layers: 1, num_heads: 2}"],
     "sft": ["data.rows=2", "data.micro_batches=1", "loop.steps=2", "data.row_len=256",
