@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.data.elements import Element, lay_out, mismatched
+from alignjax.data.elements import Element, lay_out
 from alignjax.data.packing import pack
 from alignjax.data.pipeline import Overlong, RecordIterator, fits, located
 from alignjax.data.sources import Source
@@ -86,7 +86,6 @@ def comparison_rows(
     shared_prompt: bool,
     max_len: int | None = None,
     packed: bool = True,
-    with_mismatched: bool = False,
     shuffle: bool = True,
     seed: int = 0,
     num_epochs: int | None = None,
@@ -110,8 +109,6 @@ def comparison_rows(
       shared_prompt: which layout.
       max_len: of a prompt with one completion, such as the model's context; more is overlong.
       packed: lay several elements into a row.
-      with_mismatched: for KTO: add to each element, which has one completion, a second one of
-        another prompt of the batch; see `mismatched`. num_responses is 2 then.
       overlong: what to do with an element that is too long: it is never cut.
       shuffle, seed, num_epochs, process_index, process_count, num_threads: as in `token_rows`.
     Raises:
@@ -124,10 +121,6 @@ def comparison_rows(
             f"num_prompts={num_prompts} does not divide into {num_micro_batches} micro-batches"
         )
     limit = row_len if max_len is None else max_len
-
-    def has_room(element: Element) -> bool:
-        length = element.num_tokens(shared_prompt=shared_prompt)
-        return length <= row_len and element.longest <= limit
 
     def encode_at(index: int) -> Element | None:
         element = located(source, index, encode)
@@ -144,7 +137,7 @@ def comparison_rows(
         if not elements:
             return None
         batch = pack_elements(
-            mismatched(elements, has_room) if with_mismatched else elements,
+            elements,
             num_rows=num_prompts, row_len=row_len, num_responses=num_responses,
             shared_prompt=shared_prompt, packed=packed,
         )  # fmt: skip

@@ -30,13 +30,12 @@ from alignjax.phases.comparisons import batches
 from alignjax.phases.pair_quality import pair_quality
 from alignjax.phases.reward_config import OBJECTIVES, ObjectiveConfig, RewardPhaseConfig
 from alignjax.phases.reward_model import RewardModel, score_elements
+from alignjax.phases.scoring import MOMENTS
 from alignjax.sharding import put_batch
 from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import make_optimizer
 from alignjax.train.state import TrainState, create_state
 from alignjax.train.step import Batch, Metrics, make_step
-
-NORMALISATION = "reward.json"
 
 
 def reward_loss(
@@ -194,7 +193,7 @@ class Reward:
         values = scores[ranks > 0].astype(np.float64)
         stated = {"mean": float(values.mean()), "std": float(values.std()), "num": len(values)}
         text = json.dumps(stated, indent=2)
-        self._reward.export(params, path, {NORMALISATION: text + "\n"}, **files)
+        self._reward.export(params, path, {MOMENTS: text + "\n"}, **files)
 
     @staticmethod
     def exporter(config: RewardPhaseConfig, mesh: Mesh) -> "Exporter":

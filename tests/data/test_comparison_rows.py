@@ -211,21 +211,14 @@ def test_where_the_data_end_there_are_fewer():
     assert batches[-1]["tokens"].shape == (2, 2, 16)
 
 
-@pytest.mark.parametrize("with_mismatched", [False, True])
-def test_a_position_restores_exactly_the_rest(with_mismatched):
-    def one(number):
-        return element([number + 1], [101, 102, number])
-
-    def make():
-        return stream_of(encode=one if with_mismatched else encode, with_mismatched=with_mismatched)
-
-    stream = make()
+def test_a_position_restores_exactly_the_rest():
+    stream = stream_of()
     states, batches = [], []
     for _ in range(12):
         states.append(json.loads(json.dumps(stream.get_state())))
         batches.append(next(stream))
     for n in (0, 1, 5, 11):
-        fresh = make()
+        fresh = stream_of()
         next(fresh)
         fresh.set_state(states[n])
         for want in batches[n:]:
@@ -256,33 +249,6 @@ def test_overlong_ones_are_dropped_whole_and_counted():
     assert [n for batch in stream for n in numbers(batch)] == [n for n in range(NUM) if n % 4 < 2]
     with pytest.raises(UserError, match=r"pairs\.jsonl:4: 8 tokens, but only 7 fit"):
         list(stream_of(row_len=7, shuffle=False, overlong="error"))
-
-
-def test_for_kto_each_has_the_completion_of_the_next():
-    def one(number):
-        return element([number + 1], [100 + number], index=number)
-
-    batch = next(stream_of(encode=one, with_mismatched=True, shuffle=False, packed=False))
-    rows = {name: value.reshape(4, *value.shape[2:]) for name, value in batch.items()}
-    for row in range(4):
-        # Prompt; its own completion; the prompt's last token; that of the next, in a circle.
-        line = [row + 1, 100 + row, row + 1, 100 + (row + 1) % 4]
-        np.testing.assert_array_equal(rows["tokens"][row, :5], [*line, 0])
-        np.testing.assert_array_equal(rows["branches"][row, :5], [1, 1, 2, 2, 0])
-        np.testing.assert_array_equal(rows["ranks"][row], [[1, 1]])
-
-
-def test_for_kto_the_next_is_of_another_prompt_and_has_room():
-    def one(number):
-        """Prompts 0 0 1 1 0 ...; completion 3 is longer than the room."""
-        return element([1 + number // 2 % 2], [100 + number] * (13 if number == 3 else 2))
-
-    batch = next(stream_of(encode=one, with_mismatched=True, shuffle=False, packed=False))
-    rows = {name: value.reshape(4, *value.shape[2:]) for name, value in batch.items()}
-    second = rows["tokens"][rows["branches"] == 2].reshape(-1, 3)[:, 1:]
-    # 0 and 1 get that of 2; 2 and 3 that of 0, but 3 has no room for it.
-    np.testing.assert_array_equal(second, [[102, 102], [102, 102], [100, 100]])
-    np.testing.assert_array_equal(rows["ranks"][:, 0], [[1, 1], [1, 1], [1, 1], [1, 0]])
 
 
 def test_micro_batches_that_do_not_divide():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from alignjax.core.errors import UserError
-from alignjax.data import Comparison, TextOptions, comparison_encoder
+from alignjax.data import Comparison, Element, TextOptions, comparison_encoder
+from alignjax.data.elements import mismatched
 from alignjax.recipes import chains
 from alignjax.text import ChatTemplate, encode_chat_prompt, encode_prompt, load_tokenizer
 
@@ -84,3 +85,27 @@ def test_prompts_that_differ_are_refused(tokenizer, monkeypatch):
     with pytest.raises(UserError, match="response 2: the ids of the prompt are others than before"):
         encoded(tokenizer, "x", ["2", "33"])
     assert encoded(tokenizer, "x", ["2", "3"]).completions[0].tolist() == [3]
+
+
+def single(prompt, completion):
+    return Element(np.array(prompt), (np.array(completion),), (1,))
+
+
+def test_for_kto_each_has_the_completion_of_the_next_in_a_circle():
+    found = mismatched([single([n], [100 + n]) for n in range(4)], lambda element: True)
+    for n, element in enumerate(found):
+        assert element.prompt.tolist() == [n] and element.ranks == (1, 1)
+        assert [c.tolist() for c in element.completions] == [[100 + n], [100 + (n + 1) % 4]]
+
+
+def test_for_kto_the_next_is_of_another_prompt_and_has_room():
+    # Prompts 0 0 1 1; completion 3 leaves no room for another.
+    given = [single([n // 2], [100 + n] * (13 if n == 3 else 2)) for n in range(4)]
+    found = mismatched(given, lambda element: element.num_tokens(shared_prompt=True) <= 16)
+    assert [e.completions[1].tolist() for e in found[:3]] == [[102] * 2, [102] * 2, [100] * 2]
+    assert found[3] is given[3]
+
+
+def test_for_kto_nothing_is_mismatched_among_those_of_one_prompt():
+    given = [single([1], [n]) for n in range(3)]
+    assert mismatched(given, lambda element: True) == given
