@@ -2,7 +2,7 @@
 
     python benchmarks/rankings_laptop.py PAIRS
 
-PAIRS is a file of hh-rlhf, such as harmless-base.jsonl.gz: 1,300 pairs are trained on, 300 held out.
+PAIRS is a file of hh-rlhf, such as harmless-base.jsonl.gz: 1,300 pairs train, 300 are held out.
 """
 
 import argparse
