@@ -150,11 +150,12 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     style.tidy(axes, "Hidden reward, points, against KL from the base model, nats")
     shown = ("base", "best_of_4", *POLICIES)
-    for colour, name in zip(style.COLOURS * 2, shown, strict=False):
+    looks = [(colour, marker) for marker in "os" for colour in style.COLOURS]
+    for (colour, marker), name in zip(looks, shown, strict=False):
         points = np.array([[r[name]["kl"], r[name]["hidden"]] for r in results])
         label = name.replace("_", " ")
-        axes.plot(*points.T, "o", color=colour, ms=7, label=label, alpha=0.85)
-    axes.legend(fontsize=8, frameon=False)
+        axes.plot(*points.T, marker, color=colour, ms=7, label=label, alpha=0.85)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
     style.save(figure, path)
 
 
