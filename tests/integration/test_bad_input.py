@@ -13,13 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from alignjax.cli.main import main
 from alignjax.models import Model, ModelConfig, save
-from alignjax.phases.registry import PHASES
+from alignjax.phases.registry import DATA_PHASES, PHASES
 from alignjax.recipes import chains
 from alignjax.recipes.stage import lock
 from alignjax.text import load_tokenizer, vocab_tokenizer
 
 REPO = Path(__file__).resolve().parents[2]
-NAMES, STAGES = " or ".join(PHASES), ["files", "tokenizer", *PHASES]
+NAMES = " or ".join([*PHASES, *DATA_PHASES])
+STAGES = ["files", "tokenizer", *DATA_PHASES, *PHASES]
 PRESETS = (
     "'grpo', 'dr_grpo', 'dapo', 'bnpo', 'gspo', 'gmpo', 'cispo', 'sapo', 'opo', 'gdpo', 'gpg', "
     "'rloo' or 'reinforce_pp_baseline'"
