@@ -37,7 +37,6 @@ from alignjax.phases.rollouts import (
     Tokens,
     evaluate,
     make_logps,
-    over_micro_batches,
     sample_metrics,
     sequence,
     shown_first,
@@ -47,7 +46,7 @@ from alignjax.sharding import batch_shards, copied, put_batch
 from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import make_optimizer, with_scale
 from alignjax.train.state import TrainState, create_state
-from alignjax.train.step import Batch, Metrics, make_step
+from alignjax.train.step import Batch, Metrics, make_step, over_micro_batches
 
 
 class Ppo:

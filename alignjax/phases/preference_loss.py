@@ -19,8 +19,7 @@ from alignjax.models import Model
 from alignjax.phases.common import score_tokens
 from alignjax.phases.comparisons import per_element, token_rows_of
 from alignjax.phases.preference_config import Objective
-from alignjax.phases.rollouts import over_micro_batches
-from alignjax.train.step import Batch, Metrics
+from alignjax.train.step import Batch, Metrics, over_micro_batches
 
 K = 2
 """Completions of a comparison."""

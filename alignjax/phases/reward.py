@@ -1,8 +1,7 @@
 """Reward models: scores of whole responses, learned from which of them people preferred."""
 
-import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from alignjax.sharding import put_batch
 from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import make_optimizer
 from alignjax.train.state import TrainState, create_state
-from alignjax.train.step import Batch, Metrics, make_step
+from alignjax.train.step import Batch, Metrics, make_step, over_micro_batches
 
 
 def reward_loss(
@@ -102,11 +101,13 @@ class Reward:
             return reward_loss(model, params, batch, objective, shared_prompt=shared)
 
         self._step = make_step(loss, self._optimizer, self._reward.frozen)
-        self._scores = jax.jit(
-            functools.partial(
-                scores_of, functools.partial(score_elements, model, shared_prompt=shared)
+
+        def scores(params: Params, batch: Batch) -> Array:
+            return over_micro_batches(
+                lambda mb: score_elements(model, params, mb, shared_prompt=shared), batch
             )
-        )
+
+        self._scores = jax.jit(scores)
 
     def init(self, key: Array) -> TrainState:
         return create_state(self._reward.init(key), self._optimizer.transform, key)
@@ -209,19 +210,6 @@ class Exporter:
         self.init = self._phase._reward.init
         self.export = self._phase.write
         self.export_adapter = self._phase._reward.export_adapter
-
-
-def scores_of(score: Callable[[Params, Batch], Array], params: Params, batch: Batch) -> Array:
-    """[M, R, N, K] float32: `score` of each micro-batch; of empty ones 0 without computing it."""
-    return jax.lax.map(
-        lambda micro: jax.lax.cond(
-            jnp.any(micro["mask"]),
-            lambda micro: score(params, micro),
-            lambda micro: jnp.zeros(micro["ranks"].shape, jnp.float32),
-            micro,
-        ),
-        dict(batch),
-    )
 
 
 def completion_lengths(batch: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -35,7 +35,7 @@ from alignjax.rewards.rollout import Rollouts, Task, rollout
 from alignjax.sharding import batch_shards
 from alignjax.text import stop_ids
 from alignjax.train.loop import StopRunError
-from alignjax.train.step import Batch, Metric
+from alignjax.train.step import Batch, Metric, over_micro_batches
 
 Tokens = dict[str, np.ndarray]
 """One prompt with its completion: arrays over its tokens."""
@@ -200,15 +200,6 @@ def make_logps(model: Model, mesh: Mesh, *, temperature: float) -> Callable[[Par
         return over_micro_batches(micro, batch)
 
     return jax.jit(logps)
-
-
-def over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:
-    """`function` of each micro-batch, stacked; zeros, and no work, for those without a target."""
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batch))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.map(
-        lambda mb: jax.lax.cond(jnp.any(mb["mask"]), function, lambda _: zeros, mb), batch
-    )
 
 
 def sampler_metrics(logps: Array, old_logps: Array, mask: Array) -> dict[str, Metric]:

@@ -69,6 +69,15 @@ def accumulate(function: Callable[[Batch], Any], batch: Batch) -> Any:
     return jax.lax.scan(body, zero, batch)[0]
 
 
+def over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:
+    """`function` of each micro-batch, stacked; zeros, and no work, for those without a target."""
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batch))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.map(
+        lambda mb: jax.lax.cond(jnp.any(mb["mask"]), function, lambda _: zeros, mb), batch
+    )
+
+
 def make_step(
     loss_fn: LossFn, optimizer: Optimizer, frozen: Params | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
