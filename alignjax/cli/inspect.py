@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from alignjax.phases.corpus import CorpusConfig
     from alignjax.phases.grpo_config import RlConfig
-    from alignjax.phases.sft import SftConfig
     from alignjax.text import HFTokenizer
 
 EXAMPLES = """\
@@ -23,10 +23,10 @@ examples:
   alignjax inspect chat.yaml --batch 3 --tokens | less
   alignjax inspect configs/recipes/gsm8k_laptop.yaml --stage grpo
 
-For phase sft it prints rows of the batch, document by document: what is trained is coloured, or
-between brackets where there is no colour (NO_COLOR, a pipe). For phases grpo and ppo it prints the
-prompts as the model gets them. No model is loaded. The data of a recipe's stage are there once the
-stages before it have run.
+For phases sft and distill it prints rows of the batch, document by document: what is trained is
+coloured, or between brackets where there is no colour (NO_COLOR, a pipe). For phases grpo and ppo
+it prints the prompts as the model gets them. No model is loaded. The data of a recipe's stage are
+there once the stages before it have run.
 """
 
 TRAINED, GIVEN, SPECIAL = "bold green", "", "magenta"
@@ -66,16 +66,18 @@ def main(args: argparse.Namespace) -> None:
 
     from alignjax.cli.run import check
     from alignjax.core.config import find_config, load
+    from alignjax.phases.corpus import CorpusConfig
     from alignjax.phases.grpo_config import RlConfig
-    from alignjax.phases.sft import SftConfig
     from alignjax.text import load_tokenizer
 
     config: Any = _stage(check(load(find_config(args.config), args.overrides)), args.stage)
-    if not isinstance(config, SftConfig | RlConfig):
-        raise UserError(f"phase: {config.phase}: inspect shows the data of phase sft, grpo or ppo")
+    if not isinstance(config, CorpusConfig | RlConfig):
+        raise UserError(
+            f"phase: {config.phase}: inspect shows the data of phase sft, distill, grpo or ppo"
+        )
     tokenizer = load_tokenizer(config.tokenizer_source())
     view = View(Console(highlight=False, soft_wrap=True), tokenizer, args.tokens)
-    if isinstance(config, SftConfig):
+    if isinstance(config, CorpusConfig):
         _show_rows(view, config, args.batch, args.rows)
     else:
         _show_prompts(view, config, args.batch, args.rows)
@@ -90,7 +92,8 @@ def _stage(config: Any, name: str | None) -> Any:
         if name is not None:
             raise UserError(f"--stage {name}: this config is one phase, without stages")
         return config
-    there = [key for key, stage in stages.items() if stage.phase in ("sft", "grpo", "ppo")]
+    shown = ("sft", "distill", "grpo", "ppo")
+    there = [key for key, stage in stages.items() if stage.phase in shown]
     if name is None and len(there) == 1:
         name = there[0]
     if name not in there:
@@ -204,12 +207,13 @@ def _nth(batches: Iterator[Any], n: int) -> Any:
     return batch
 
 
-def _show_rows(view: View, config: SftConfig, number: int, num_rows: int) -> None:
-    from alignjax.data import training_source
-    from alignjax.phases.sft import sft_rows
+def _show_rows(view: View, config: CorpusConfig, number: int, num_rows: int) -> None:
+    from alignjax.data import sequence_encoder, training_source
+    from alignjax.phases.corpus import text_rows
 
     source = training_source(config.data.train, config.data.text)
-    batches = sft_rows(config, view.tokenizer, source, rows=config.data.rows)
+    encode = sequence_encoder(config.data.text, view.tokenizer)
+    batches = text_rows(config, source, encode, rows=config.data.rows)
     batch = _nth(batches, number)
     rows = {key: value.reshape(-1, value.shape[-1]) for key, value in batch.items()}
     segments, mask = rows["segment_ids"], rows["mask"]

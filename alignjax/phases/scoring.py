@@ -174,14 +174,21 @@ class RewardModel:
 
 def check_same_ids(key: str, path: str, tokenizer: HFTokenizer) -> None:
     """Raises: UserError: if the ids of the tokenizer at `path` are not those of the policy's."""
-    theirs, ours = load_tokenizer(path).vocab, tokenizer.vocab
-    if theirs != ours:
-        token = min(theirs.items() ^ ours.items(), key=lambda item: (item[1], item[0]))[0]
+    if difference := other_ids(path, tokenizer):
         raise UserError(
-            f"{key}: {path} has another tokenizer than the policy: {token!r} is "
-            f"{theirs.get(token, 'no token')} there and {ours.get(token, 'no token')} here. It "
+            f"{key}: {path} has another tokenizer than the policy: {difference}. It "
             "reads the ids that the policy samples: train it from a model with this tokenizer"
         )
+
+
+def other_ids(path: str, tokenizer: HFTokenizer) -> str | None:
+    """The first token whose id is another one in the tokenizer at `path`, in words, or None."""
+    theirs, ours = load_tokenizer(path).vocab, tokenizer.vocab
+    if theirs == ours:
+        return None
+    token = min(theirs.items() ^ ours.items(), key=lambda item: (item[1], item[0]))[0]
+    there, here = theirs.get(token, "no token"), ours.get(token, "no token")
+    return f"{token!r} is {there} there and {here} here"
 
 
 def moments(where: str, config: RewardModelConfig) -> tuple[float, float, list[str]]:

@@ -30,10 +30,12 @@ from alignjax.train.progress import Progress
 
 INPUTS = (
     "model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "data.reference",
-    "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference",
+    "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference", "teacher.path",
 )  # fmt: skip
 """Keys of configs whose values are files or directories that a run reads; * is any key."""
-MODELS = ("model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference")
+MODELS = (
+    "model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference", "teacher.path",
+)  # fmt: skip
 """Those that may name a model of the Hub."""
 
 

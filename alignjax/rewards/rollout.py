@@ -114,6 +114,11 @@ def joined(parts: Sequence[Rollouts]) -> Rollouts:
     )
 
 
+def unscored(samples: Sequence[Sample]) -> list[Score]:
+    """A `ScoreFn` that judges nothing: no sample has a score."""
+    return [Score(None)] * len(samples)
+
+
 def rollout(
     generate: GenerateFn,
     score: ScoreFn,
