@@ -116,6 +116,19 @@ CONFIGS["online"] = (
     }
     | {name: CONFIGS["grpo"][name] for name in ("data", "rollout", "rewards", "evaluation")}
 )
+TEACHER = {"model": {"init": MODEL}, "teacher": {"path": "base"}}
+DISTILL = {
+    "distill": CONFIGS["sft"] | TEACHER | {"phase": "distill", "divergence": {"kind": "jsd"}},
+    "distill_top_k": CONFIGS["sft"] | TEACHER | {
+        "phase": "distill", "teacher": {"path": "base", "top_k": 4, "cache_dir": "cache"},
+    },
+    "online_distill": CONFIGS["online"] | TEACHER | {
+        "phase": "online_distill", "divergence": {"kind": "sampled_reverse_kl"},
+        "rollout": CONFIGS["grpo"]["rollout"] | {"group_size": 1, "num_prompts": 8},
+        "loop": COMMON["loop"] | {"best_metric": "eval/sampled/reverse_kl"},
+    },
+}  # fmt: skip
+del DISTILL["online_distill"]["losses"]
 
 
 class Place:
@@ -130,7 +143,7 @@ class Place:
         model = Model(ModelConfig(vocab_size=23, **MODEL))
         save(folder / "base", model, model.init(jax.random.key(0)))
         (folder / "rewards.py").write_text(REWARD)
-        (folder / "config.yaml").write_text(yaml.safe_dump(CONFIGS[phase]))
+        (folder / "config.yaml").write_text(yaml.safe_dump((CONFIGS | DISTILL)[phase]))
 
     def start(self, *overrides):
         env = os.environ | {
@@ -290,6 +303,21 @@ def test_killed_at_random_and_during_a_save(tmp_path, uninterrupted, phase):
     kill_at_random(place, seed=phase, num_kills=1)
     resume(place)
     assert_same(place, uninterrupted(phase)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", DISTILL)
+def test_distillation_killed_at_random(tmp_path, uninterrupted, phase):
+    expected = uninterrupted(phase)[1]
+    name = "eval/sampled/reverse_kl" if phase == "online_distill" else "eval/loss"
+    found = [x[name] for x in expected["metrics"] if name in x]
+    assert len(found) == 5 and found[-1] < found[0], "it is worth resuming"
+    assert not any("teacher" in name for name in expected["state"])
+    place = Place(tmp_path, phase)
+    kill_while(place, place.is_saving, after=4)
+    kill_at_random(place, seed=phase, num_kills=2)
+    resume(place)
+    assert_same(place, expected)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A teacher, its vocabulary, and texts: what the tests of both distillation phases share."""
 
+import contextlib
 import json
 import math
 
@@ -73,3 +74,34 @@ def assert_same(found, expected, rtol=1e-4, atol=2e-5):
             np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=atol, err_msg=name)
     params = found[0].params, expected[0].params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), *params)
+
+
+@contextlib.contextmanager
+def compilations():
+    """Names of what is compiled, or fetched from the cache on disk, meanwhile."""
+    names = []
+
+    def listen(event, seconds, **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(more.get("fun_name", "?"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def compiled_by_step(phase, num_steps):
+    """What each step compiled, with an evaluation after it."""
+    state, records = phase.init(jax.random.PRNGKey(0)), phase.records()
+    found = []
+    for _ in range(num_steps):
+        with compilations() as names:
+            state, collected = phase.collect(state, records)
+            for batch in collected.batches:
+                state, _ = phase.step(state, batch)
+            state = state._replace(step=state.step + 1)
+            phase.evaluate(state)
+        found.append(names)
+    return found

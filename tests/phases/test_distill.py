@@ -18,6 +18,7 @@ from alignjax.train.checkpoint import Checkpointer
 from tests.phases.distillation import (
     STUDENT,
     assert_same,
+    compiled_by_step,
     divergence,
     log_softmax,
     mesh_of,
@@ -225,6 +226,12 @@ def test_packing_changes_nothing(world, three_steps):
         state, metrics = phase.step(state, {k: v[None] for k, v in rows.items()})
         seen.append({k: float(v) for k, v in metrics.items()})
     assert_same((state, seen), three_steps)
+
+
+@pytest.mark.parametrize("k", [None, pytest.param(3, marks=pytest.mark.slow)])
+def test_nothing_is_compiled_after_the_first_step(world, k):
+    first, *others = compiled_by_step(make(world, teacher=k and top_k(world, k)), 4)
+    assert first and others == [[]] * 3
 
 
 def test_the_teacher_stays_what_it_is_and_is_not_in_the_state(world):

@@ -16,6 +16,7 @@ from alignjax.train.checkpoint import Checkpointer
 from tests.phases.distillation import (
     STUDENT,
     assert_same,
+    compiled_by_step,
     divergence,
     log_softmax,
     mesh_of,
@@ -199,6 +200,17 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_layout_split_and_devices_change_nothing(world, three_steps, way):
     assert_same(run(make(world, **WAYS[way]), 3), three_steps, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{"kind": "sampled_reverse_kl"}, pytest.param({"kind": "jsd"}, marks=pytest.mark.slow)],
+)
+def test_nothing_is_compiled_after_the_first_step(world, kind):
+    algorithm = {"num_updates": 2, "num_minibatches": 2}
+    phase = make(world, kind, data={"micro_batches": 2}, algorithm=algorithm)
+    first, *others = compiled_by_step(phase, 4)
+    assert first and others == [[]] * 3
 
 
 def test_several_updates_of_several_minibatches(world):
