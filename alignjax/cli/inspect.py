@@ -130,8 +130,8 @@ def _show_rows(view: View, config: SftConfig, number: int, num_rows: int) -> Non
         length = int((segments[n] > 0).sum())
         view.say("")
         view.head(
-            f"row {n + 1}: {_count(num_documents[n], 'document')}, {length} tokens, {mask[n].sum()} trained, "
-            f"{segments.shape[1] - length} padding"
+            f"row {n + 1}: {_count(num_documents[n], 'document')}, {length} tokens, "
+            f"{mask[n].sum()} trained, {segments.shape[1] - length} padding"
         )
         for segment in range(1, num_documents[n] + 1):
             places = segments[n] == segment
