@@ -1,6 +1,5 @@
 """A teacher, its vocabulary, and texts: what the tests of both distillation phases share."""
 
-import contextlib
 import json
 import math
 
@@ -10,6 +9,7 @@ import numpy as np
 from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes import chains
 from alignjax.sharding import MeshConfig, make_mesh
+from tests.phases.compiled import compilations
 
 STUDENT = {
     "hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32,
@@ -74,22 +74,6 @@ def assert_same(found, expected, rtol=1e-4, atol=2e-5):
             np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=atol, err_msg=name)
     params = found[0].params, expected[0].params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), *params)
-
-
-@contextlib.contextmanager
-def compilations():
-    """Names of what is compiled, or fetched from the cache on disk, meanwhile."""
-    names = []
-
-    def listen(event, seconds, **more):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(more.get("fun_name", "?"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def compiled_by_step(phase, num_steps):
