@@ -12,6 +12,7 @@ own (`phases.judge_model`) or a function of the user's (`judge_function`).
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -113,12 +114,15 @@ class Verdict(NamedTuple):
     """Answers that could not be understood, those that were asked for again included."""
     error: str | None = None
     """Why there is no verdict."""
+    is_failed: bool = False
+    """True if no answer came at all, so that it may come another time; False if there is a verdict,
+    or answers that could not be understood."""
     texts: tuple[str, ...] = ()
     """What the judge said, in the order of `places`."""
 
 
 class Judge:
-    """Asks, understands the answers, and asks again where it did not."""
+    """Asks, understands the answers, and asks again where it did not. Threads may share it."""
 
     def __init__(
         self,
@@ -126,6 +130,7 @@ class Judge:
         config: JudgingConfig,
         templates: Mapping[str, Template] | None,
         *,
+        identity: str = "",
         close: Callable[[], None] = lambda: None,
     ):
         """Args:
@@ -133,9 +138,12 @@ class Judge:
         config: how the judge is asked and its answers are read.
         templates: of `load_templates`; None, for functions: a question's text is the JSON of its
           fields.
+        identity: of what answers; see `judge_cache`.
         close: gives back what `ask` holds.
         """
-        self._ask, self.config, self._templates, self.close = ask, config, templates, close
+        self.config, self.identity, self.close = config, identity, close
+        self._ask, self._templates = ask, templates
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -162,7 +170,8 @@ class Judge:
             for order in orders
             for pair in order
         ]
-        said = self._answered(questions)
+        with self._lock:
+            said = self._answered(questions)
         return [self._pair_verdict(said[i :: len(pairs)]) for i in range(len(pairs))]
 
     def pointwise(self, items: Sequence[Item]) -> list[Verdict]:
@@ -172,12 +181,15 @@ class Judge:
         """
         scores = np.arange(1, self.config.best_score + 1)
         questions = [self._question("pointwise", i, {"response": i.response}) for i in items]
+        with self._lock:
+            said = self._answered(questions)
         return [
             Verdict(
                 None if one.probs is None else float(one.probs @ scores),
-                num_unparsable=one.num_unparsable, error=one.error, texts=(one.text,),
+                num_unparsable=one.num_unparsable, error=one.error, is_failed=one.is_failed,
+                texts=(one.text,),
             )
-            for one in self._answered(questions)
+            for one in said
         ]  # fmt: skip
 
     def _question(self, kind: str, asked: Pair | Item, judged: Mapping[str, str]) -> Question:
@@ -214,9 +226,12 @@ class Judge:
                         num_unparsable[i] += 1
                         again.append(i)
                         why = f"not understood {num_unparsable[i]} times: {answer.text[-80:]!r}"
-                        said[i] = _Said(None, answer.text, num_unparsable[i], why)
+                        said[i] = _Said(None, answer.text, num_unparsable[i], why, False)
                     else:
-                        said[i] = _Said(probs, answer.text, num_unparsable[i], answer.error)
+                        is_failed = answer.error is not None
+                        said[i] = _Said(
+                            probs, answer.text, num_unparsable[i], answer.error, is_failed
+                        )
             open_ = sorted(again)
         missing = [i for i, one in enumerate(said) if one is None]
         assert not missing, f"no answer to questions {missing}"
@@ -227,11 +242,12 @@ class Judge:
         texts = tuple(one.text for one in said)
         error = next((one.error for one in said if one.error is not None), None)
         if error is not None:
-            return Verdict(None, (), num_unparsable, error, texts)
+            is_failed = any(one.is_failed for one in said)
+            return Verdict(None, (), num_unparsable, error, is_failed, texts)
         places = tuple(float(one.probs[0]) for one in said)  # type: ignore[index]
         # In this form equal places cancel exactly.
         value = places[0] if len(places) == 1 else 0.5 + (places[0] - places[1]) / 2
-        return Verdict(self._label(value), places, num_unparsable, None, texts)
+        return Verdict(self._label(value), places, num_unparsable, texts=texts)
 
     def _label(self, p: float) -> float:
         """Clamped or hardened, as the config says."""
@@ -248,6 +264,7 @@ class _Said(NamedTuple):
     text: str
     num_unparsable: int
     error: str | None
+    is_failed: bool
 
 
 def probabilities(question: Question, answer: Answer) -> np.ndarray | None:
@@ -266,7 +283,7 @@ def probabilities(question: Question, answer: Answer) -> np.ndarray | None:
     return None if found is None else np.eye(len(question.options))[found]
 
 
-_WRAPPING = " \t\r\n*_`\"'.,:;()[]{}"
+WRAPPING = " \t\r\n*_`\"'.,:;()[]{}"
 
 
 def spoken(text: str, question: Question) -> int | None:
@@ -279,7 +296,7 @@ def spoken(text: str, question: Question) -> int | None:
         if not cue:
             return None
         text = text.strip().partition("\n")[0]
-    text = text.strip(_WRAPPING)
+    text = text.strip(WRAPPING)
     places = [i for i, option in enumerate(question.options) if option.strip() == text]
     return places[0] if places else None
 

@@ -122,8 +122,7 @@ def defused(text: str, specials: Sequence[str] = ()) -> str:
 
     text = CONTROL.sub(broken, text)
     for special in specials:
-        if len(special) > 1:
-            text = text.replace(special, f"{special[0]} {special[1:]}")
+        text = text.replace(special, f"{special[0]} {special[1:]}" if special[1:] else " ")
     return text
 
 
