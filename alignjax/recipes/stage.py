@@ -31,6 +31,7 @@ from alignjax.train.progress import Progress
 INPUTS = (
     "model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "data.reference",
     "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference",
+    "constitution.path", "template",
 )  # fmt: skip
 """Keys of configs whose values are files or directories that a run reads; * is any key."""
 MODELS = ("model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference")
