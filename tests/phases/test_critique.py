@@ -14,6 +14,7 @@ from alignjax.models import Model, ModelConfig, save
 from alignjax.phases.produce import PROGRESS, produce
 from alignjax.phases.registry import DATA_PHASES
 from alignjax.recipes.stage import run_data_phase
+from alignjax.rewards.constitution import load_constitution
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.text import vocab_tokenizer
 
@@ -89,7 +90,12 @@ def scripted(root, script, folder, *overrides):
     phase = PHASE(config_of(root, *overrides), make_mesh(MeshConfig()))
     tokenizer, asked = vocab_tokenizer(TOKENS), []
 
+    keys = set()
+
     def generate(params, prompts, lengths, key, sampling):
+        bits = tuple(jax.random.key_data(key).tolist())
+        assert bits not in keys, "no key is used twice"
+        keys.add(bits)
         texts = [tokenizer.decode(p[:n], skip_special=False)
                  for p, n in zip(prompts, lengths, strict=True)]  # fmt: skip
         texts = [text for text in texts for _ in range(sampling.num_samples)]
@@ -277,6 +283,10 @@ def test_a_run_of_a_model(root, whole):
     assert len({(r["source"], r["response"]) for r in trace}) > 7, "two samples, unlike mostly"
     orders = [tuple(r["principle"] for r in t["rounds"]) for t in trace if t["rounds"]]
     assert {*orders} == {("kind", "short"), ("short", "kind")}
+    drawn = load_constitution(str(root / "constitution.yaml"))
+    for i, record in enumerate(trace):  # By seed, prompt and sample, whatever batch it is in.
+        order = [p.name for p in drawn.ordered(f"3/{i // 2}/{i % 2}")]
+        assert [r["principle"] for r in record["rounds"]] == (order if record["rounds"] else [])
     assert figures["num_critiques"] > 0 and figures["num_changed"] > 0
     assert figures["num_records"] == 14 == len(revisions) + figures["num_left_out"]
     assert not (whole / PROGRESS).exists()
