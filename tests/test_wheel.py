@@ -35,7 +35,7 @@ def test_wheel(tmp_path):
     rewards = REPO / "alignjax/rewards"
     folders = (rewards / "templates", rewards / "constitutions")
     texts = {p.relative_to(REPO) for folder in folders for p in folder.iterdir()}
-    assert {".yaml"} <= {p.suffix for p in texts}
+    assert {".yaml", ".jinja"} == {p.suffix for p in texts}
     assert names == {str(p) for p in modules | configs | pages | texts}
     shown = subprocess.run(
         [sys.executable, "-m", "alignjax", "run", "smoke/sft", "--print-config"],

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from alignjax.core import digest
 from alignjax.core.config import to_dict
 from alignjax.core.errors import UserError
 from alignjax.core.keys import named_key
@@ -28,7 +29,6 @@ from alignjax.phases.critique_records import Chain, demonstration, trace_record
 from alignjax.phases.produce import State
 from alignjax.phases.sample import no_scores, written_prompt
 from alignjax.report.critiques import by_principle
-from alignjax.rewards.constitution import digest
 from alignjax.rewards.critique_template import Prompt, load_critique_template
 from alignjax.rewards.rollout import Task, rollout
 from alignjax.text import check_fits, load_tokenizer, stop_ids
@@ -111,8 +111,8 @@ class Critique:
         self._stop = stop_ids(self._tokenizer, steps.stop_tokens, load_eos_ids(config.model.path))
         self._generate = make_generate(model, mesh=mesh, max_rows=steps.max_rows)
         self._digests = {
-            "constitution": digest(self._constitution),
-            "template": digest(self._template),
+            "constitution": digest.of_value(to_dict(self._constitution)),
+            "template": digest.of_value(to_dict(self._template)),
         }
 
     @property

@@ -8,6 +8,8 @@ from alignjax.phases.critique import Critique
 from alignjax.phases.critique_config import CritiqueConfig
 from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
+from alignjax.phases.label import Label
+from alignjax.phases.label_config import LabelConfig
 from alignjax.phases.online_preference import OnlinePreference
 from alignjax.phases.online_preference_config import OnlineConfig
 from alignjax.phases.ppo import Ppo
@@ -33,5 +35,6 @@ PHASES: dict[str, tuple[type[PhaseConfig], type[Any]]] = {
 DATA_PHASES: dict[str, tuple[type[Config], type[Any]]] = {
     "sample": (SampleConfig, SampleResponses),
     "critique": (CritiqueConfig, Critique),
+    "label": (LabelConfig, Label),
 }
 """Those that make records; see `phases.produce`."""

@@ -52,22 +52,14 @@ class SampleRollout(Config):
     """Completions that are sampled at once, at most."""
 
 
-class SampleConfig(Config):
-    """`phase: sample`."""
+class ResponsesConfig(Config):
+    """What is sampled, from what."""
 
-    phase: Literal["sample"]
-    name: DirectoryName
-    """The run's directory is output_dir/name."""
-    output_dir: str = "runs"
-    seed: int = Field(0, ge=0)
     model: SampledModel
     tokenizer: str | None = None
     """A directory with a tokenizer, or an id of the Hub; the model's own if not given."""
-    mesh: MeshConfig = MeshConfig()
     data: SampleData
     rollout: SampleRollout = SampleRollout()
-    rewards: RewardConfig | None = None
-    """What judges them, as `scores`; null: nothing, as for people to label."""
     prompts_as: Literal["seen", "text", "messages"] = "seen"
     """How a prompt is written down: as the model has seen it, that is as messages where it went
     through a chat template and as text elsewhere; or always as the one or the other."""
@@ -83,3 +75,16 @@ class SampleConfig(Config):
                 "leave it out"
             )
         return self
+
+
+class SampleConfig(ResponsesConfig):
+    """`phase: sample`."""
+
+    phase: Literal["sample"]
+    name: DirectoryName
+    """The run's directory is output_dir/name."""
+    output_dir: str = "runs"
+    seed: int = Field(0, ge=0)
+    mesh: MeshConfig = MeshConfig()
+    rewards: RewardConfig | None = None
+    """What judges them, as `scores`; null: nothing, as for people to label."""

@@ -32,9 +32,15 @@ INPUTS = (
     "model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "data.reference",
     "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference",
     "constitution.path", "template",
+    "responses", "compare_with", "sample.model.path", "sample.tokenizer", "sample.data.train",
+    "judge.model.path", "judge.template", "rewards.judges.*.model.path",
+    "rewards.judges.*.template",
 )  # fmt: skip
 """Keys of configs whose values are files or directories that a run reads; * is any key."""
-MODELS = ("model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference")
+MODELS = (
+    "model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference",
+    "sample.model.path", "sample.tokenizer", "judge.model.path", "rewards.judges.*.model.path",
+)  # fmt: skip
 """Those that may name a model of the Hub."""
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from alignjax.core.config import Config, build, to_dict
+from alignjax.core.config import Config, build
 from alignjax.core.errors import KeyedError, UserError
 from alignjax.core.yaml_tree import load
 
@@ -75,12 +74,6 @@ class Constitution(Config):
         Source: exponential clocks, the logarithm of Efraimidis and Spirakis 2006, algorithm A.
         """
         return sorted(self.principles, key=lambda p: -math.log(_uniform(key, p.name)) / p.weight)
-
-
-def digest(config: Config) -> str:
-    """SHA-256 of what a file says, 64 hexadecimal digits; comments and layout do not count."""
-    text = json.dumps(to_dict(config), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
 def _uniform(key: str, name: str) -> float:

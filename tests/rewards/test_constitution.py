@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 
-from alignjax.core.config import build, loads
+from alignjax.core.config import build, loads, to_dict
+from alignjax.core.digest import of_value
 from alignjax.core.errors import UserError
 from alignjax.rewards.constitution import (
     Constitution,
     ConstitutionConfig,
-    digest,
     load_constitution,
 )
 
@@ -27,6 +27,10 @@ def file(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(TEXT)
     return path
+
+
+def digest(constitution):
+    return of_value(to_dict(constitution))
 
 
 def names(principles):
