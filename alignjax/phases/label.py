@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from alignjax.core import digest
+from alignjax.core.config import to_dict
 from alignjax.core.errors import UserError
 from alignjax.phases.judges import open_judge
 from alignjax.phases.label_agreement import agreement_with, judgements_of, same_task
@@ -23,6 +25,7 @@ from alignjax.phases.label_config import LabelConfig
 from alignjax.phases.produce import State
 from alignjax.phases.sample import SampleResponses
 from alignjax.phases.sample_config import ResponsesConfig, SampleConfig
+from alignjax.rewards.constitution import Principle
 from alignjax.rewards.judge import Item, Pair, Verdict, place_bias
 from alignjax.train.metrics import replace_file
 from alignjax.web import Task, read_tasks
@@ -52,6 +55,8 @@ class Label:
         self._source = _Sampled(config, mesh) if config.sample is not None else _Read(config)
         others = config.compare_with or config.responses
         self._others = {} if others is None else judgements_of(others, named=config.compare_with)
+        chosen = config.constitution
+        self._constitution = None if chosen is None else chosen.open()
         self._judge = open_judge(config.judge, mesh, Path(config.output_dir) / config.name)
 
     @property
@@ -71,13 +76,14 @@ class Label:
             return None
         tasks, source = found
         counts = dict(state["counts"])
-        verdicts = self._verdicts(tasks)
+        principles = self._drawn(counts["num_prompts"], len(tasks))
+        verdicts = self._verdicts(tasks, principles)
         said = [verdict for of_task in verdicts for verdict in of_task]
         self._count(said, counts)
         counts["num_prompts"] += len(tasks)
         records = []
-        for task, of_task in zip(tasks, verdicts, strict=True):
-            record = self._record(task, of_task)
+        for task, of_task, principle in zip(tasks, verdicts, principles, strict=True):
+            record = self._record(task, of_task, principle)
             counts["num_left_out" if record is None else "num_records"] += 1
             records += [] if record is None else [record]
         bias, places = place_bias(said), dict(state["places"])
@@ -87,7 +93,16 @@ class Label:
             places["agree"] += bias.num_pairs * bias.orders_agree
         return records, {"source": source, "counts": counts, "places": places}
 
-    def _verdicts(self, tasks: Sequence[Task]) -> list[list[Verdict]]:
+    def _drawn(self, first: int, num: int) -> list[Principle | None]:
+        """The principle by which each prompt is judged, of which the first is number `first`."""
+        if self._constitution is None:
+            return [None] * num
+        keys = (f"{self._config.seed}/{number}" for number in range(first, first + num))
+        return [self._constitution.ordered(key)[0] for key in keys]
+
+    def _verdicts(
+        self, tasks: Sequence[Task], principles: Sequence[Principle | None]
+    ) -> list[list[Verdict]]:
         """Of each task those of its pairs, in the order of `_pairs`, or of its responses."""
         if self._config.method == "pointwise":
             sizes = [len(task.responses) for task in tasks]
@@ -96,8 +111,13 @@ class Label:
         else:
             sizes = [len(_pairs(task)) for task in tasks]
             pairs = [
-                Pair(task.prompt, task.responses[i], task.responses[j])
-                for task in tasks
+                Pair(
+                    task.prompt,
+                    task.responses[i],
+                    task.responses[j],
+                    {} if principle is None else {"question": principle.comparison},
+                )
+                for task, principle in zip(tasks, principles, strict=True)
                 for i, j in _pairs(task)
             ]
             said = iter(self._judge.pairwise(pairs))
@@ -122,7 +142,9 @@ class Label:
         counts["num_failed"] += len(failed)
         counts["num_not_understood"] += len(lost)
 
-    def _record(self, task: Task, verdicts: Sequence[Verdict]) -> dict[str, Any] | None:
+    def _record(
+        self, task: Task, verdicts: Sequence[Verdict], principle: Principle | None
+    ) -> dict[str, Any] | None:
         """The record of a task; None unless everything that was asked has a verdict."""
         values = [verdict.value for verdict in verdicts]
         if any(value is None for value in values):
@@ -135,6 +157,8 @@ class Label:
             own["ranks"], own["win_rates"] = ranks(rates), rates
             if len(rates) == 2:
                 own["preference_prob"] = max(rates)
+        if principle is not None:
+            own["principle"] = principle.name
         own["annotator"] = self._config.judge.annotator
         return own | {key: value for key, value in task.fields.items() if key not in own}
 
@@ -151,6 +175,8 @@ class Label:
         if places["num"]:
             figures["first_is_preferred"] = places["first"] / places["num"]
             figures["orders_agree"] = places["agree"] / places["num"]
+        if self._constitution is not None:
+            figures["constitution"] = digest.of_value(to_dict(self._constitution))
         figures["agreement"] = agreement_with(self._others, records, judge.annotator)
         self._judge.close()
         replace_file(run_dir / FIGURES, (json.dumps(figures, indent=2) + "\n").encode())

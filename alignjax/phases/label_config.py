@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from alignjax.core.config import Config, DirectoryName
 from alignjax.phases.sample_config import ResponsesConfig
+from alignjax.rewards.constitution import ConstitutionConfig
 from alignjax.rewards.judge_config import JudgeConfig
 from alignjax.sharding import MeshConfig
 
@@ -33,6 +34,8 @@ class LabelConfig(Config):
     method: Literal["pairwise", "pointwise"] = "pairwise"
     """pairwise: the judge compares every two responses of a prompt, and each has a rank by its mean
     probability of being the better one (`win_rates`). pointwise: each response has a score."""
+    constitution: ConstitutionConfig | None = None
+    """Of pairwise: each prompt draws a principle, whose comparison is the question to the judge."""
     compare_with: str | list[str] | None = None
     """Judgements by others on the same responses, with whom the judge's agreement is measured;
     those in `responses` if not given."""
@@ -47,5 +50,17 @@ class LabelConfig(Config):
         if (self.responses is None) == (self.sample is None):
             raise ValueError(
                 "give either responses (a file) or sample (a model and prompts): what is judged"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_question(self) -> Self:
+        if self.constitution is None:
+            return self
+        if self.method != "pairwise":
+            raise ValueError("a constitution compares two responses: it goes with method: pairwise")
+        if self.judge.question is not None:
+            raise ValueError(
+                "judge.question and constitution both say what is asked: give one of them"
             )
         return self

@@ -4,6 +4,8 @@ from typing import Any
 
 from alignjax.core.config import Config
 from alignjax.phases.common import PhaseConfig
+from alignjax.phases.critique import Critique
+from alignjax.phases.critique_config import CritiqueConfig
 from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
 from alignjax.phases.label import Label
@@ -32,6 +34,7 @@ PHASES: dict[str, tuple[type[PhaseConfig], type[Any]]] = {
 
 DATA_PHASES: dict[str, tuple[type[Config], type[Any]]] = {
     "sample": (SampleConfig, SampleResponses),
+    "critique": (CritiqueConfig, Critique),
     "label": (LabelConfig, Label),
 }
 """Those that make records; see `phases.produce`."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -20,7 +20,14 @@ from alignjax.core.errors import UserError
 from alignjax.core.keys import named_key
 from alignjax.core.precision import compute_dtype
 from alignjax.core.types import Sample, Sampling, Score
-from alignjax.data import Example, Examples, examples, open_source, prompt_encoder
+from alignjax.data import (
+    Example,
+    Examples,
+    TextOptions,
+    examples,
+    open_source,
+    prompt_encoder,
+)
 from alignjax.generate import make_generate
 from alignjax.models import load, load_eos_ids
 from alignjax.phases.produce import State
@@ -128,7 +135,7 @@ class SampleResponses:
         tasks = [Task(p.tokens, p.example.reference, p.example.fields) for p in prompts]
         key = named_key(jax.random.key(self._config.seed), "sample", counts["num_prompts"])
         out = rollout(
-            self._generate, self._rewards or _no_scores, self._tokenizer, self._params, tasks, key,
+            self._generate, self._rewards or no_scores, self._tokenizer, self._params, tasks, key,
             self._sampling, prompt_len=self._config.rollout.max_prompt_tokens,
         )  # fmt: skip
         if self._rewards is not None:
@@ -183,7 +190,7 @@ class SampleResponses:
             return None
         reference = {} if example.reference is None else {"reference": example.reference}
         own = {
-            "prompt": self._prompt(example),
+            "prompt": written_prompt(example, self._config.data.text, self._config.prompts_as),
             "responses": [one.sample.completion for one in kept],
             **({"scores": scores} if is_judged else {}),
             "num_tokens": [one.sample.num_tokens for one in kept],
@@ -191,19 +198,6 @@ class SampleResponses:
         }
         fields = {k: v for k, v in {**example.fields, **reference}.items() if k not in own}
         return own | json.loads(to_json(fields))
-
-    def _prompt(self, example: Example) -> str | list[dict[str, Any]]:
-        text, way = self._config.data.text, self._config.prompts_as
-        if example.messages is not None:
-            messages = list(example.messages)
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            return messages
-        prompt = example.prompt or ""
-        if way == "text" or (way == "seen" and not text.chat):
-            return prompt
-        system = [{"role": "system", "content": text.system}] if text.system is not None else []
-        return [*system, {"role": "user", "content": prompt}]
 
     def finish(self, state: State, records: Iterable[dict[str, Any]], run_dir: Path) -> str:
         """Writes sample.json, and best.jsonl where there are scores."""
@@ -221,6 +215,22 @@ class SampleResponses:
             of = figures["reward_of_best_of"].items()
             said.append("mean reward of the best of " + ", ".join(f"{k}: {m:.4g}" for k, m in of))
         return "; ".join(said)
+
+
+def written_prompt(
+    example: Example, text: TextOptions, way: Literal["seen", "text", "messages"] = "seen"
+) -> str | list[dict[str, Any]]:
+    """The prompt of an example as text or as messages; `way` as `SampleConfig.prompts_as`."""
+    if example.messages is not None:
+        messages = list(example.messages)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        return messages
+    prompt = example.prompt or ""
+    if way == "text" or (way == "seen" and not text.chat):
+        return prompt
+    system = [{"role": "system", "content": text.system}] if text.system is not None else []
+    return [*system, {"role": "user", "content": prompt}]
 
 
 def expected_best(scores: Sequence[float], k: int) -> float:
@@ -254,7 +264,8 @@ def _best(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "score": score, **rest}
 
 
-def _no_scores(samples: Sequence[Sample]) -> list[Score]:
+def no_scores(samples: Sequence[Sample]) -> list[Score]:
+    """A `ScoreFn` that judges nothing."""
     return [Score(None)] * len(samples)
 
 

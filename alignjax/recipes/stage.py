@@ -31,6 +31,7 @@ from alignjax.train.progress import Progress
 INPUTS = (
     "model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "data.reference",
     "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference",
+    "constitution.path", "template",
     "responses", "compare_with", "sample.model.path", "sample.tokenizer", "sample.data.train",
     "judge.model.path", "judge.template", "rewards.judges.*.model.path",
     "rewards.judges.*.template",

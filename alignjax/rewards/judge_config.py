@@ -10,6 +10,8 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from alignjax.core.config import Config
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+_FROM_LIST = Field(strict=False)
+"""Takes a list for a tuple also below a validator of a recipe, which hands on Python's own."""
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -126,7 +128,7 @@ class JudgingConfig(Config):
     fits."""
     question: str | None = None
     """What makes a response good, for the template; its own words if not given."""
-    options: tuple[str, str] = ("A", "B")
+    options: Annotated[tuple[str, str], _FROM_LIST] = ("A", "B")
     """Verdicts on a pair: that the first, that the second response is better."""
     best_score: int = Field(10, ge=2, le=100)
     """Scores of a single response go from 1 to this one."""
@@ -134,7 +136,7 @@ class JudgingConfig(Config):
     """Ask about each pair in both orders and take the mean, which cancels a bias to a place."""
     harden: float | None = Field(None, gt=0, le=0.5)
     """Make labels hard: a probability nearer to 1/2 than this is a tie, others become 0 or 1."""
-    clamp: tuple[Probability, Probability] | Literal["auto"] | None = "auto"
+    clamp: Annotated[tuple[Probability, Probability], _FROM_LIST] | Literal["auto"] | None = "auto"
     """Where probabilities are cut off; auto: [0.4, 0.6] with chain of thought, which makes judges
     too sure (arXiv:2212.08073 sec. 4.1), unless harden is set; nowhere otherwise."""
     think: ThinkConfig | None = None
