@@ -6,26 +6,25 @@ tend to prefer what stands in one of the two places.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from alignjax.core.config import Config
 from alignjax.core.errors import UserError
-from alignjax.core.intervals import clustered_interval
-from alignjax.core.types import Sample, Score, ScoreFn
-from alignjax.data import Example, Examples, open_source, prompt_encoder
-from alignjax.data.pipeline import fits, located
+from alignjax.core.intervals import or_null, row_means
+from alignjax.core.types import Sample, ScoreFn
 from alignjax.evals.accuracy import Estimate
-from alignjax.evals.sampler import MakeRewards, Sampler, SamplingConfig
+from alignjax.evals.problems import Problems, open_problems, shot_encoder
+from alignjax.evals.provenance import Provenance, model_digest, prompt_values, provenance
+from alignjax.evals.results import write_results
+from alignjax.evals.sampler import MakeRewards, Sampler, SamplingConfig, unscored
 from alignjax.rewards.combine import FunctionConfig, RewardConfig
 from alignjax.rewards.pool import RewardPool
-from alignjax.rewards.rollout import Rollouts, Task, joined
+from alignjax.rewards.rollout import Rollouts, joined
 
 
 class JudgeConfig(Config):
@@ -47,6 +46,9 @@ class JudgeConfig(Config):
 class CompareConfig(SamplingConfig):
     """Two models, prompts, and what compares their completions."""
 
+    kind: Literal["win_rate"] = "win_rate"
+    task: str | None = None
+    """A name for what is measured, kept with the figures."""
     a: str
     """A Hugging Face directory, such as runs/NAME/model, or an id of the Hub."""
     b: str
@@ -83,6 +85,7 @@ class Compared:
     a: Rollouts
     b: Rollouts
     verdicts: Verdicts
+    made_of: Provenance | None = None
 
     @property
     def win_rate(self) -> Estimate:
@@ -96,7 +99,7 @@ class Compared:
         longer = np.sign(lengths[0] - lengths[1])
         unequal = known & (longer != 0)
         figures: dict[str, Any] = {
-            "win_rate": _as_json(self.win_rate),
+            "win_rate": self.win_rate.as_json(),
             "wins": int((p > 0.5).sum()),
             "ties": int((p == 0.5).sum()),
             "losses": int((p < 0.5).sum()),
@@ -109,9 +112,9 @@ class Compared:
             of_longer = np.where(longer > 0, p, 1 - p)
             figures["longer_is_preferred"] = float(of_longer[unequal].mean())
         if self.verdicts.first_is_better is not None:
-            figures["first_is_preferred"] = _as_json(_estimate(self.verdicts.first_is_better))
+            figures["first_is_preferred"] = _estimate(self.verdicts.first_is_better).as_json()
         if self.verdicts.orders_agree is not None:
-            figures["orders_agree"] = _as_json(_estimate(self.verdicts.orders_agree))
+            figures["orders_agree"] = _estimate(self.verdicts.orders_agree).as_json()
         return figures
 
     def records(self) -> list[dict[str, Any]]:
@@ -124,8 +127,8 @@ class Compared:
                 "prompt": a["prompt"],
                 "a": {key: value for key, value in a.items() if key in _SIDE},
                 "b": {key: value for key, value in b.items() if key in _SIDE},
-                "a_is_better": _or_null(flat[0][i]),  # type: ignore[index]
-                **({} if flat[1] is None else {"first_is_better": _or_null(flat[1][i])}),
+                "a_is_better": or_null(flat[0][i]),  # type: ignore[index]
+                **({} if flat[1] is None else {"first_is_better": or_null(flat[1][i])}),
             }
             for i, (a, b) in enumerate(both)
         ]
@@ -144,8 +147,8 @@ def compare(config: CompareConfig, make_rewards: MakeRewards) -> Compared:
     Raises:
       UserError: if a model cannot be read, no prompt fits, or every comparison failed.
     """
-    source = Examples(open_source(config.data), config.text.fields)
-    found = [_sampled(path, config, source, make_rewards) for path in (config.a, config.b)]
+    problems = Problems(open_problems(config.data), config.text.fields, config.num_problems)
+    found = [_sampled(path, config, problems, make_rewards) for path in (config.a, config.b)]
     both = sorted(found[0].keys() & found[1].keys())
     if not both:
         raise UserError("data: every prompt is too long and was dropped; allow more tokens")
@@ -158,7 +161,19 @@ def compare(config: CompareConfig, make_rewards: MakeRewards) -> Compared:
     if not np.isfinite(verdicts.a_is_better).any():
         errors = [s.error for out in (a, b) for s in out.scores if s.error is not None]
         raise UserError(f"every comparison failed{': ' + errors[0] if errors else ''}")
-    return Compared(a, b, verdicts)
+    made_of = provenance(
+        task=config.task,
+        models={"model": config.a},
+        data=config.model_dump(mode="json")["data"],
+        problems=[problems.digest(i) for i in both],
+        prompt=prompt_values(config.text, shots=config.shots, separator=config.shot_separator),
+        sampling=config,
+        scoring={
+            **config.model_dump(mode="json", include={"rewards", "judge"}),
+            "against": {"path": config.b, "digest": model_digest(config.b)},
+        },
+    )
+    return Compared(a, b, verdicts, made_of)
 
 
 def by_reward(a: np.ndarray, b: np.ndarray) -> Verdicts:
@@ -197,39 +212,24 @@ def by_judge(a: Rollouts, b: Rollouts, judge: ScoreFn) -> Verdicts:
     )
 
 
-def write_comparison(comparison: Compared, folder: Path) -> None:
-    """compare.json with the figures, and compare_samples.jsonl with every pair."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(comparison.as_json(), indent=2) + "\n"
-    (folder / "compare.json").write_text(text, encoding="utf-8")
-    samples = folder / "compare_samples.jsonl"
-    # Half of a surrogate pair is no UTF-8; escaped, it is JSON.
-    with samples.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for record in comparison.records():
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def write_comparison(comparison: Compared, folder: Path, *, name: str = "compare") -> None:
+    """NAME.json with the figures, NAME_problems.jsonl with the win rate of each prompt, and
+    NAME_samples.jsonl with every pair."""
+    problems = {"win_rate": row_means(comparison.verdicts.a_is_better)}
+    write_results(
+        folder, comparison.as_json(), comparison.records(), problems, comparison.made_of, name=name
+    )
 
 
 def _sampled(
-    path: str, config: CompareConfig, source: Examples, make_rewards: MakeRewards
+    path: str, config: CompareConfig, problems: Problems, make_rewards: MakeRewards
 ) -> dict[int, Rollouts]:
     """Place of a prompt -> its completions; without those that are too long for this model."""
     sampler = Sampler(path, config)
-    encode = prompt_encoder(config.text, sampler.tokenizer)
-
-    def task(example: Example) -> Task:
-        return Task(encode(example), example.reference, example.fields)
-
-    tasks: dict[int, Task] = {}
-    for i in range(min(config.num_problems or len(source), len(source))):
-        one = located(source, i, task)
-        if not len(one.tokens):
-            raise UserError(f"{source.where(i)}: the prompt has no tokens")
-        if fits(source, i, len(one.tokens), config.max_prompt_tokens, config.overlong):
-            tasks[i] = one
-    if not tasks:
-        return {}
+    encode = shot_encoder(config.text, config.shots, config.shot_separator, sampler.tokenizer)
+    tasks = problems.tasks(encode, max_tokens=config.max_prompt_tokens, overlong=config.overlong)
     if config.rewards is None:
-        out = sampler.sample([*tasks.values()], _unscored)
+        out = sampler.sample([*tasks.values()], unscored)
     else:
         with make_rewards(config.rewards, sampler.tokenizer, sampler.mesh) as score:
             out = sampler.sample([*tasks.values()], score)
@@ -248,22 +248,7 @@ def _as_rewards(judge: JudgeConfig) -> RewardConfig:
     )
 
 
-def _unscored(samples: Sequence[Sample]) -> list[Score]:
-    return [Score(None)] * len(samples)
-
-
 def _estimate(values: np.ndarray) -> Estimate:
     """Of the mean over prompts, each the mean of its pairs; those without a verdict left out."""
-    known = np.isfinite(values)
-    rows = known.any(1)
-    means = np.where(known, values, 0.0).sum(1)[rows] / known.sum(1)[rows]
-    low, high = clustered_interval(means, values.shape[1])
-    return Estimate(float(means.mean()), low, high, len(means), values.shape[1])
-
-
-def _as_json(estimate: Estimate) -> dict[str, float]:
-    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-
-
-def _or_null(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    means = row_means(values)
+    return Estimate.of(means[np.isfinite(means)], values.shape[1])

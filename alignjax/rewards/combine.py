@@ -21,8 +21,9 @@ class FunctionConfig(Config):
 
     Attributes:
       function: a built-in (`verify.math`, `verify.exact`, `verify.numeric`,
-        `verify.calculations`, `format.tags`, `format.matches`, `format.length`),
-        `package.module:function`, `package.module.function` or `path/to/file.py:function`.
+        `verify.calculations`, `format.tags`, `format.matches`, `format.length`,
+        `format.reflects`), `package.module:function`, `package.module.function` or
+        `path/to/file.py:function`.
       weight: what its value is multiplied by; 0 only logs it.
       args: its options, by name.
     """

@@ -1,4 +1,4 @@
-"""The shape of a completion -> a reward: its tags, its length in tokens."""
+"""The shape of a completion -> a reward: its tags, its length in tokens, words of reflection."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["length", "matches", "tags"]
+__all__ = ["length", "matches", "reflects", "tags"]
+
+REFLECTION = (
+    "wait", "hold on", "let me check", "let me recheck", "re-check", "recheck", "double-check",
+    "verify", "mistake", "wrong", "rethink", "try again", "on second thought",
+)  # fmt: skip
+"""Words by which a text looks back at itself. No list holds all, and each has other uses."""
 
 
 def tags(
@@ -54,6 +60,33 @@ def matches(prompt: str, completion: str, reference: Any, *, pattern: str, **fie
       pattern: such as `#### [0-9]+$`; its `$` is the end of the completion, `(?m)` that of a line.
     """
     return float(re.search(pattern, completion) is not None)
+
+
+def reflects(
+    prompt: str,
+    completion: str,
+    reference: Any,
+    *,
+    words: Sequence[str] = REFLECTION,
+    **fields: Any,
+) -> dict[str, float]:
+    """Whether the completion has one of the words, thinking included; for weight 0, to measure it.
+
+    Whole words, whatever their case; a space in one stands for any white space. That a word is
+    there does not say that anything is checked: read samples.
+
+    Args:
+      words: such as `wait`; each finds itself alone, not `waited`.
+    Returns:
+      reward: 1.0 if there is one; count: how often they occur.
+    Source: the count of reflective words over training is in DeepSeek-R1, Nature 645 (2025),
+      633-638, supplementary information.
+    """
+    if not words or not all(word.strip() for word in words):
+        raise ValueError(f"words={list(words)}; expected at least one, none of them blank")
+    either = "|".join(r"\s+".join(map(re.escape, word.split())) for word in words)
+    count = len(re.findall(rf"(?<!\w)(?:{either})(?!\w)", completion, re.IGNORECASE))
+    return {"reward": float(count > 0), "count": float(count)}
 
 
 def length(
