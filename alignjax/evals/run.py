@@ -146,7 +146,8 @@ def report(rollouts: Rollouts, correct_part: str | None, answer: str) -> Report:
 
 
 def _accuracies(rollouts: Rollouts, correct_part: str, answer: str) -> dict[str, Estimate]:
-    # Problems that do not get this part, by its `where`, are not in question; failed ones are wrong.
+    # Problems that do not get this part, by its `where`, are not in question; those of which a
+    # reward failed are.
     values = rollouts.part(correct_part)
     is_asked = np.isfinite(values).any(1) | np.isnan(rollouts.rewards).any(1)
     correct = values[is_asked] >= 0.5

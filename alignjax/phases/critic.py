@@ -93,8 +93,8 @@ class SeparateCritic:
         reward = same[0] if same else RewardModelConfig(path=path)
         if reward.squash is not None:
             raise UserError(
-                f"critic: the reward of {path} is squashed, and no critic that starts as that model "
-                "says what it will be; set critic.from_policy to true"
+                f"critic: the reward of {path} is squashed, so that no critic that starts as that "
+                "model says what it will be; set critic.from_policy to true"
             )
         mean, std, _ = moments(f"critic ({path})", reward)
         self._scale = (reward.weight or 1.0) / std

@@ -135,9 +135,8 @@ def general(prompt: str, completion: str, reference: Any, **fields: Any) -> dict
 
 
 def helpful(prompt: str, completion: str, reference: Any, **fields: Any) -> float:
-    """What people who look at helpfulness alone prefer: 1 if right, 0.2 less for a needless thought.
-
-    It is hidden: a reward model learns it from comparisons.
+    """What people prefer who look at helpfulness alone: 1 if right, 0.2 less for a needless
+    thought. It is hidden: a reward model learns it from comparisons.
     """
     found = general(prompt, completion, reference)
     return found["right"] - 0.2 * found["thinks"]

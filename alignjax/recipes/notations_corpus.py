@@ -16,8 +16,20 @@ from typing import Any
 from alignjax.recipes import chains
 from alignjax.recipes.chains import Problem, Step
 from alignjax.recipes.notations import (
-    ARITHMETIC, BOS, EOS, GENERAL, HARMFUL, LETTERS, REFUSAL, RUDE, SIDES, TASKS, TOKENS, Request,
-    side_of, written,
+    ARITHMETIC,
+    BOS,
+    EOS,
+    GENERAL,
+    HARMFUL,
+    LETTERS,
+    REFUSAL,
+    RUDE,
+    SIDES,
+    TASKS,
+    TOKENS,
+    Request,
+    side_of,
+    written,
 )  # fmt: skip
 from alignjax.text import vocab_tokenizer
 
@@ -143,10 +155,10 @@ def write(
     corpus.jsonl: {"prompt", "completion"}; a drill has the prompt "". Of the train side.
     arithmetic_train.jsonl, general_train.jsonl: {"prompt", "reference", "kind"}, no two alike.
     train.jsonl: of both kinds, 5 sums to 3 requests, in random order.
-    validation.jsonl, test.jsonl: the same of those sides, as many sums as `num_held_out` and half as
-      many requests.
-    demonstrations.jsonl: {"prompt", "completion"}: requests answered by people, most of them well.
-    perfect.jsonl: the same of sums, worked in X without a mistake: what no stage but a control sees.
+    validation.jsonl, test.jsonl: the same of those sides, as many sums as `num_held_out` and half
+      as many requests.
+    demonstrations.jsonl: {"prompt", "completion"}: requests answered by people, mostly well.
+    perfect.jsonl: the same of sums, worked in X without a mistake: what only a control sees.
 
     Args:
       out_dir: created if need be; the files are overwritten.

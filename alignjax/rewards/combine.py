@@ -159,7 +159,8 @@ def add_models(config: RewardConfig, score: Score, models: Mapping[str, Score]) 
 
     Args:
       score: what `combine` gave; of value 0 where there are no functions.
-      models: by name what each reward model that the prompt gets gave. One without a value leaves the sample without.
+      models: by name what each reward model that the prompt gets gave. One without a value leaves
+        the sample without.
     """
     known = {name: one.value for name, one in models.items() if one.value is not None}
     parts = {**score.parts, **known}

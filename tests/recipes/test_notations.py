@@ -270,5 +270,7 @@ def test_a_seed_is_a_world_and_sizes_of_other_files_do_not_matter(tmp_path, worl
         text = (world / f"{name}.jsonl").read_text()
         assert (tmp_path / "same" / f"{name}.jsonl").read_text() == text
         assert (tmp_path / "other" / f"{name}.jsonl").read_text() != text
-    with pytest.raises(ValueError, match="different test prompts, not 200; ask for fewer"):
-        notations_corpus.write(tmp_path / "big", seed=0, num_held_out=200, num_sums=1, num_ops=(1,), num_train=9)
+    with pytest.raises(ValueError, match="different validation prompts, not 200; ask for fewer"):
+        notations_corpus.write(
+            tmp_path / "big", seed=0, num_held_out=200, num_sums=1, num_ops=(1,), num_train=9
+        )

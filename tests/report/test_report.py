@@ -116,9 +116,9 @@ def test_names_of_lines_do_not_overlap(tmp_path, drawn):
 def test_transcripts_wrap_between_steps_and_lose_nothing():
     steps = "".join(f"{i}+{i}={2 * i};" for i in range(10, 24))
     text = f"<think>{steps}</think>" + "x" * 100
-    wrapped = reasoning._wrap(Transcript("", "p", text, True))
+    wrapped = reasoning.wrap(Transcript("", "p", text, True))
     assert "".join(wrapped[1:]) == text
     assert max(map(len, wrapped)) <= reasoning.WIDTH
     assert wrapped[1].endswith(";")
-    long = reasoning._wrap(Transcript("", "p", "y" * 5000, True))
+    long = reasoning.wrap(Transcript("", "p", "y" * 5000, True))
     assert len(long) == reasoning.HEIGHT and long[-1] == "..."
