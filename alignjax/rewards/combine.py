@@ -35,7 +35,7 @@ class FunctionConfig(Reward):
 
     Attributes:
       function: a built-in (`verify.math`, `verify.exact`, `verify.numeric`,
-        `verify.calculations`, `format.tags`, `format.matches`, `format.length`),
+        `verify.calculations`, `format.tags`, `format.matches`, `format.script`, `format.length`),
         `package.module:function`, `package.module.function` or `path/to/file.py:function`.
       args: its options, by name.
     """
