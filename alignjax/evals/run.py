@@ -201,10 +201,14 @@ def report(
 
 
 def _accuracies(rollouts: Rollouts, correct_part: str, answer: str) -> dict[str, Estimate]:
-    correct = rollouts.part(correct_part) >= 0.5
+    # Problems that do not get this part, by its `where`, are not in question; those of which a
+    # reward failed are.
+    values = rollouts.part(correct_part)
+    is_asked = np.isfinite(values).any(1) | np.isnan(rollouts.rewards).any(1)
+    correct = values[is_asked] >= 0.5
     n = correct.shape[1]
     found = [find_answer(visible(s.prompt, s.completion), answer) for s in rollouts.samples]
-    answers = [found[i : i + n] for i in range(0, len(found), n)]
+    answers = [found[i * n : (i + 1) * n] for i in np.flatnonzero(is_asked)]
     estimates = {"pass@1": pass_at_1(correct)}
     for k in _powers(n):
         estimates[f"pass@{k}"] = pass_at_k(correct, k)

@@ -27,7 +27,7 @@ from alignjax.models import load, load_eos_ids
 from alignjax.phases.critique_config import CritiqueConfig, StepSampling
 from alignjax.phases.critique_records import Chain, demonstration, trace_record
 from alignjax.phases.produce import State
-from alignjax.phases.sample import no_scores, written_prompt
+from alignjax.phases.responses import no_scores, written_prompt
 from alignjax.report.critiques import by_principle
 from alignjax.rewards.critique_template import Prompt, load_critique_template
 from alignjax.rewards.rollout import Task, rollout
