@@ -97,22 +97,6 @@ class LocalConfig(JudgeTextConfig):
     """Of the matrix products. auto: bfloat16 on TPU and GPU, float32 on CPU."""
 
 
-class FunctionJudgeConfig(Config):
-    """A function, found, called and stopped like a reward function.
-
-    Of a pair it is `judge(prompt, first, second, **fields)`, the probability from 0 to 1 that first
-    is better; of a single response `judge(prompt, response, **fields)`, a score from 1 to best.
-    """
-
-    function: str
-    """`package.module:function`, `package.module.function` or `path/to/file.py:function`."""
-    args: dict[str, JsonValue] = {}
-    """Its options, by name."""
-    timeout_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
-    """Limit on one call, in seconds."""
-    num_workers: int = Field(default=2, ge=1)
-
-
 class ThinkConfig(Config):
     """Chain of thought before the verdict."""
 
@@ -177,8 +161,17 @@ class JudgeConfig(JudgingConfig):
     """An endpoint."""
     model: LocalConfig | None = None
     """A model of our own."""
-    function: FunctionJudgeConfig | None = None
-    """A Python function."""
+    function: str | None = None
+    """A Python function, found, called and stopped like a reward function: `package.module:name`,
+    `package.module.name` or `path/to/file.py:name`. Of a pair it is `judge(prompt, first, second,
+    **fields)`, the probability from 0 to 1 that first is better; of a single response
+    `judge(prompt, response, **fields)`, a score from 1 to best_score."""
+    args: dict[str, JsonValue] = {}
+    """Options of the function, by name."""
+    timeout_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """Limit on one call of the function, in seconds."""
+    num_workers: int = Field(default=2, ge=1)
+    """Processes that call it."""
     cache: str | None = None
     """An SQLite file with every answer, which several runs may share; the run's own if not given.
     What is in it is not asked again."""
@@ -193,6 +186,8 @@ class JudgeConfig(JudgingConfig):
             )
         if self.function is not None and (self.think is not None or self.template != "auto"):
             raise ValueError("a function gets prompt and responses: it has no template or think")
+        if self.args and self.function is None:
+            raise ValueError("args are options of a function, and none is given")
         return self
 
     @property

@@ -58,7 +58,7 @@ def run(folder, judge, **values):
 @pytest.fixture
 def longer(tmp_path):
     (tmp_path / "judge.py").write_text(JUDGE)
-    return {"name": "long", "function": {"function": f"{tmp_path}/judge.py:longer"}}
+    return {"name": "long", "function": f"{tmp_path}/judge.py:longer"}
 
 
 def test_win_rates_by_hand():
@@ -143,7 +143,7 @@ def test_agreement_of_equals_is_whole_and_a_judge_is_not_compared_with_itself():
 
 
 def test_scores(tmp_path, longer):
-    judge = {"function": {"function": f"{tmp_path}/judge.py:score"}}
+    judge = {"function": f"{tmp_path}/judge.py:score"}
     found, figures = run(
         tmp_path, judge, responses=written(tmp_path, RECORDS), method="pointwise"
     )  # fmt: skip
@@ -241,7 +241,7 @@ def test_it_samples_what_it_judges(tmp_path, longer):
 
 
 def test_either_a_file_or_a_model(tmp_path):
-    judge = {"function": {"function": "a.b"}}
+    judge = {"function": "a.b"}
     data = {"train": "t", "text": {"fields": {"prompt": "p"}}}
     both = {"responses": "a.jsonl", "sample": {"model": {"path": "m"}, "data": data}}
     for given in ({}, both):
