@@ -59,7 +59,7 @@ class HttpConfig(JudgeTextConfig):
     way may go beyond it."""
     max_spend: float | None = Field(None, ge=0, allow_inf_nan=False)
     """The same of money, by `prices`."""
-    prices: tuple[Finite, Finite] | None = None
+    prices: Annotated[tuple[Finite, Finite], _FROM_LIST] | None = None
     """Of a million tokens of prompts and of answers, in the currency of `max_spend`."""
 
     @field_validator("url")
@@ -93,6 +93,9 @@ class LocalConfig(JudgeTextConfig):
     batch_size: int = Field(32, ge=1)
     """Questions that are computed together; after each such batch the answers are cached."""
     seed: int = Field(0, ge=0)
+    """Of the chain of thought, at a temperature above 0."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights as they are held; bfloat16 takes half the memory."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products. auto: bfloat16 on TPU and GPU, float32 on CPU."""
 
