@@ -4,10 +4,14 @@ from typing import Any
 
 from alignjax.core.config import Config
 from alignjax.phases.common import PhaseConfig
+from alignjax.phases.critique import Critique
+from alignjax.phases.critique_config import CritiqueConfig
 from alignjax.phases.distill import Distill
 from alignjax.phases.distill_config import DistillConfig
 from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
+from alignjax.phases.label import Label
+from alignjax.phases.label_config import LabelConfig
 from alignjax.phases.online_distill import OnlineDistill
 from alignjax.phases.online_distill_config import OnlineDistillConfig
 from alignjax.phases.online_preference import OnlinePreference
@@ -38,6 +42,8 @@ PHASES: dict[str, tuple[type[PhaseConfig], type[Any]]] = {
 
 DATA_PHASES: dict[str, tuple[type[Config], type[Any]]] = {
     "sample": (SampleConfig, SampleResponses),
+    "critique": (CritiqueConfig, Critique),
+    "label": (LabelConfig, Label),
     "reject": (RejectConfig, Reject),
 }
 """Those that make records; see `phases.produce`."""

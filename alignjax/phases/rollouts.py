@@ -31,7 +31,7 @@ from alignjax.phases.common import Policy, rows_per_process, score_tokens
 from alignjax.phases.grpo_config import RlConfig
 from alignjax.phases.scoring import Rewards
 from alignjax.rewards.combine import too_many_failures
-from alignjax.rewards.rollout import Rollouts, Task, rollout, unscored
+from alignjax.rewards.rollout import Rollouts, Task, no_scores, rollout
 from alignjax.sharding import batch_shards
 from alignjax.text import stop_ids
 from alignjax.train.loop import StopRunError
@@ -69,7 +69,7 @@ class Sampler:
         self._train = self._source(config.data.train)
         self._held_out = None if config.data.eval is None else self._source(config.data.eval)
         self._generate = make_generate(policy.model, mesh=mesh, max_rows=limits.max_rows)
-        self.rewards: ScoreFn = unscored
+        self.rewards: ScoreFn = no_scores
         self.warnings: list[str] = []
         if config.rewards is not None:
             self.rewards = Rewards(

@@ -6,7 +6,6 @@ report.png, and frontier.png where it measured both a reward and a KL from the r
 
 import contextlib
 import fcntl
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 
 from alignjax.core.config import Config, build, diff, dump, load, to_dict
+from alignjax.core.digest import of_path
 from alignjax.core.errors import UserError
 from alignjax.core.hub import TOKENIZER_FILES, resolve
 from alignjax.phases.common import PhaseConfig, Policy
@@ -31,10 +31,15 @@ from alignjax.train.progress import Progress
 INPUTS = (
     "model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "data.reference",
     "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference", "teacher.path",
+    "constitution.path", "template",
+    "responses", "compare_with", "sample.model.path", "sample.tokenizer", "sample.data.train",
+    "judge.model.path", "judge.template", "rewards.judges.*.model.path",
+    "rewards.judges.*.template",
 )  # fmt: skip
 """Keys of configs whose values are files or directories that a run reads; * is any key."""
 MODELS = (
     "model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference", "teacher.path",
+    "sample.model.path", "sample.tokenizer", "judge.model.path", "rewards.judges.*.model.path",
 )  # fmt: skip
 """Those that may name a model of the Hub."""
 
@@ -190,7 +195,7 @@ def digests(config: Config, keys: Sequence[str] = INPUTS) -> dict[str, str]:
             if path != here:  # A snapshot from the Hub bears the name of its commit.
                 found[f"{key} {name}"] = path.name
             elif path.exists():
-                found[f"{key} {name}"] = _digest(path)
+                found[f"{key} {name}"] = of_path(path)
     return found
 
 
@@ -202,16 +207,6 @@ def _values(tree: Any, keys: Sequence[str]) -> list[str]:
         return []
     below = tree.values() if keys[0] == "*" else [tree.get(keys[0])]
     return [name for value in below for name in _values(value, keys[1:])]
-
-
-def _digest(path: Path) -> str:
-    total = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        total.update(f"{file.relative_to(path)}\n{digest}\n".encode())
-    return total.hexdigest()
 
 
 @contextlib.contextmanager

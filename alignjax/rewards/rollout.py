@@ -122,7 +122,7 @@ def joined(parts: Sequence[Rollouts]) -> Rollouts:
     )
 
 
-def unscored(samples: Sequence[Sample]) -> list[Score]:
+def no_scores(samples: Sequence[Sample]) -> list[Score]:
     """A `ScoreFn` that judges nothing: no sample has a score."""
     return [Score(None)] * len(samples)
 
