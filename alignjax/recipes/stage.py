@@ -30,10 +30,10 @@ from alignjax.train.progress import Progress
 
 INPUTS = (
     "model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "data.reference",
-    "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference",
+    "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference", "model", "data",
 )  # fmt: skip
 """Keys of configs whose values are files or directories that a run reads; * is any key."""
-MODELS = ("model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference")
+MODELS = ("model", "model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference")
 """Those that may name a model of the Hub."""
 
 
@@ -195,7 +195,7 @@ def digests(config: Config, keys: Sequence[str] = INPUTS) -> dict[str, str]:
 def _values(tree: Any, keys: Sequence[str]) -> list[str]:
     """The texts that stand under the keys: one, a list of them, or none."""
     if not keys:
-        return [tree] if isinstance(tree, str) else list(tree or ())
+        return [tree] if isinstance(tree, str) else tree if isinstance(tree, list) else []
     if not isinstance(tree, dict):
         return []
     below = tree.values() if keys[0] == "*" else [tree.get(keys[0])]
