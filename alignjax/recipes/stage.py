@@ -31,15 +31,16 @@ from alignjax.train.progress import Progress
 INPUTS = (
     "model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "data.reference",
     "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference", "teacher.path",
-    "constitution.path", "template",
+    "model", "data", "constitution.path", "template",
     "responses", "compare_with", "sample.model.path", "sample.tokenizer", "sample.data.train",
     "judge.model.path", "judge.template", "rewards.judges.*.model.path",
     "rewards.judges.*.template",
 )  # fmt: skip
 """Keys of configs whose values are files or directories that a run reads; * is any key."""
 MODELS = (
-    "model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference", "teacher.path",
-    "sample.model.path", "sample.tokenizer", "judge.model.path", "rewards.judges.*.model.path",
+    "model", "model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference",
+    "teacher.path", "sample.model.path", "sample.tokenizer", "judge.model.path",
+    "rewards.judges.*.model.path",
 )  # fmt: skip
 """Those that may name a model of the Hub."""
 
@@ -202,7 +203,7 @@ def digests(config: Config, keys: Sequence[str] = INPUTS) -> dict[str, str]:
 def _values(tree: Any, keys: Sequence[str]) -> list[str]:
     """The texts that stand under the keys: one, a list of them, or none."""
     if not keys:
-        return [tree] if isinstance(tree, str) else list(tree or ())
+        return [tree] if isinstance(tree, str) else tree if isinstance(tree, list) else []
     if not isinstance(tree, dict):
         return []
     below = tree.values() if keys[0] == "*" else [tree.get(keys[0])]

@@ -70,24 +70,22 @@ def reflects(
     *,
     words: Sequence[str] = REFLECTION,
     **fields: Any,
-) -> dict[str, float]:
-    """Whether the completion has one of the words, thinking included; for weight 0, to measure it.
+) -> float:
+    """1.0 if one of the words is in the completion, thinking included; for weight 0, to measure it.
 
     Whole words, whatever their case; a space in one stands for any white space. That a word is
     there does not say that anything is checked: read samples.
 
     Args:
       words: such as `wait`; each finds itself alone, not `waited`.
-    Returns:
-      reward: 1.0 if there is one; count: how often they occur.
-    Source: the count of reflective words over training is in DeepSeek-R1, Nature 645 (2025),
-      633-638, supplementary information.
+    Source: DeepSeek-R1, Nature 645 (2025), 633-638, follows the frequency of such words over
+      training; ours is the share of completions with any, of a list of our own.
     """
     if not words or not all(word.strip() for word in words):
         raise ValueError(f"words={list(words)}; expected at least one, none of them blank")
     either = "|".join(r"\s+".join(map(re.escape, word.split())) for word in words)
-    count = len(re.findall(rf"(?<!\w)(?:{either})(?!\w)", completion, re.IGNORECASE))
-    return {"reward": float(count > 0), "count": float(count)}
+    found = re.search(rf"(?<!\w)(?:{either})(?!\w)", completion, re.IGNORECASE)
+    return float(found is not None)
 
 
 def script(

@@ -10,6 +10,7 @@ import pytest
 
 from alignjax.cli.run import check
 from alignjax.core.config import build, loads
+from alignjax.evals.run import EvalConfig
 from alignjax.evals.win_rate import CompareConfig
 
 REPO = Path(__file__).resolve().parents[2]
@@ -21,6 +22,7 @@ def test_its_configs_are_valid():
     configs = {name: text for language, name, text in BLOCKS if language == "yaml"}
     assert len(configs) >= 3
     build(CompareConfig, loads(configs.pop("compare.yaml"), ["a=one", "b=other"]))
+    build(EvalConfig, loads(configs.pop("additions.yaml"), ["model=one"]))
     for text in configs.values():
         check(loads(text))
 
