@@ -85,7 +85,11 @@ def both(phase, state, world):
 
 
 @pytest.mark.parametrize(
-    "kind", [{"kind": "forward_kl", "temperature": 2.0}, {"kind": "jsd", "beta": 0.3}]
+    "kind",
+    [
+        {"kind": "forward_kl", "temperature": 2.0},
+        pytest.param({"kind": "jsd", "beta": 0.3}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_loss_and_what_is_measured_by_hand(world, kind):
     """The padding of the teacher's vocabulary, which is likely, has no part in it."""
@@ -156,6 +160,7 @@ def test_what_is_on_disk_is_what_the_teacher_says(world):
         assert not logps[~mask].any()
 
 
+@pytest.mark.slow
 def test_all_but_one_of_the_teachers_tokens_are_all_of_them(world):
     whole = run(make(world), 3)
     found = run(make(world, teacher=top_k(world, NUM_TOKENS - 1)), 3)
@@ -242,6 +247,7 @@ def test_the_teacher_stays_what_it_is_and_is_not_in_the_state(world):
     assert "teacher" not in state.params and "teacher" not in str(jax.tree.structure(state))
 
 
+@pytest.mark.slow
 def test_adapters_learn_on_a_base_that_stays(world, tmp_path):
     base = make(world)
     base.export(base.init(jax.random.PRNGKey(5)), tmp_path / "base")
