@@ -266,7 +266,8 @@ def test_adapters_learn_on_a_base_that_stays(world, tmp_path):
     assert found == pytest.approx(phase.evaluate(state).metrics, rel=1e-4)
 
 
-@pytest.mark.parametrize("teacher", [None, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", [None, 3])
 def test_resuming_is_never_having_stopped(world, tmp_path, teacher):
     def fresh():
         return make(world, teacher=teacher and top_k(world, teacher))

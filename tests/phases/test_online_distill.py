@@ -214,6 +214,7 @@ def test_nothing_is_compiled_after_the_first_step(world, kind):
     assert first and others == [[]] * 3
 
 
+@pytest.mark.slow
 def test_several_updates_of_several_minibatches(world):
     algorithm = {"num_updates": 2, "num_minibatches": 2}
     phase = make(world, {"kind": "sampled_reverse_kl"}, algorithm=algorithm)

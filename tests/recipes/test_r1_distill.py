@@ -105,7 +105,9 @@ def test_the_recipe_runs_on_real_problems(real_data: Path, tmp_path: Path) -> No
     folder = tmp_path / "runs" / "r1_distill_qwen3_1_7b"
     kept = [json.loads(line) for line in (folder / "traces/kept.jsonl").read_text().splitlines()]
     figures = json.loads((folder / "traces/reject.json").read_text())
-    assert figures["num_samples"] == 24 * 4 and len(kept) == figures["num_kept"] > 4
+    assert figures["num_prompts"] + figures["num_dropped"] == 24
+    assert figures["num_samples"] == 4 * figures["num_prompts"]
+    assert len(kept) == figures["num_kept"] > 4
     assert all(r["messages"][0]["content"].endswith("within \\boxed{}.") for r in kept)
     assert {"qwen": teacher, "llama": llama}.keys() <= {p.name for p in folder.iterdir()}
     for name in ("llama", "qwen", "sibling_logits", "sibling_online"):
