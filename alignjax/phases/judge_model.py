@@ -78,7 +78,7 @@ class ModelAsk:
         self.identity = json.dumps([
             digest.of_path(resolve(config.path)), dtype, config.param_dtype, config.chat,
             config.system,
-            None if self._template is None else self._template.source,
+            None if self._template is None else self._template.source, config.template_variables,
             None if think is None else [think.max_tokens, config.temperature, config.seed],
         ])  # fmt: skip
 
@@ -120,7 +120,8 @@ class ModelAsk:
             system = self._config.system
             messages = [] if system is None else [{"role": "system", "content": system}]
             messages.append({"role": "user", "content": question.text})
-            ids = encode_chat_prompt(self._tokenizer, self._template, messages)
+            variables = self._config.template_variables
+            ids = encode_chat_prompt(self._tokenizer, self._template, messages, **variables)
         if not ids:
             raise UserError("the question has no tokens")
         room = 0 if self._think is None else self._think.max_tokens
