@@ -1,9 +1,9 @@
 """Constitutional AI where the truth is known, with several seeds -> tables and a JSON file.
 
-    python benchmarks/constitutional.py --seeds 0 1 2 --without rude numbers greeting long
+    python benchmarks/constitutional.py --seeds 0 1 2
 
-Runs configs/recipes/constitutional.yaml for each seed, and variants of it from the same base model: a
-principle left out of the constitution; labels by the checker itself, the same with 20% of them
+Runs configs/recipes/constitutional.yaml for each seed, and variants of it from the same base model:
+a principle left out of the constitution; labels by the checker itself, the same with 20% of them
 turned round, and labels of the base in one order only. Then samples answers to held-out prompts
 from every model, and has the checker count the principles that they break. Runs go to runs/; what
 is finished is not run again.
@@ -37,6 +37,7 @@ from alignjax.rewards.rollout import Rollouts, Task
 from alignjax.sharding import MeshConfig, make_mesh
 
 RECIPE = REPO / "configs" / "recipes" / "constitutional.yaml"
+COMMAND = "python benchmarks/constitutional.py"
 NUM_SAMPLES = 4
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     f"without_{name}": {
@@ -161,7 +162,7 @@ def judge_accuracy(folder: Path, prompts: Path, recipe: RecipeConfig) -> dict[st
 
 
 def label_quality(path: Path) -> dict[str, float]:
-    """Of the labels that were trained on: how many say something, and how many of these are right."""
+    """Of the labels that were trained on: how many say something, and how many of it is right."""
     right = wrong = ties = said_of_ties = 0
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -184,15 +185,13 @@ def label_quality(path: Path) -> dict[str, float]:
 def measure(seed: int, variants: Sequence[str], overrides: list[str], split: str) -> dict[str, Any]:
     start = time.process_time(), time.perf_counter()
     recipe = recipe_of(seed, overrides)
-    folder = run_recipe(recipe, command="python benchmarks/constitutional.py")
+    folder = run_recipe(recipe, command=COMMAND)
     noted = folder / "seconds.json"
     if not noted.exists():
         spent = {"cpu": time.process_time() - start[0], "wall": time.perf_counter() - start[1]}
         noted.write_text(json.dumps(spent))
     for variant in variants:
-        run_recipe(
-            recipe_of(seed, overrides, variant), command="python benchmarks/constitutional.py"
-        )
+        run_recipe(recipe_of(seed, overrides, variant), command=COMMAND)
     prompts, base = folder / f"world/{split}.jsonl", folder / "base/model"
     sl_cai = folder / "sl_cai/model"
     result: dict[str, Any] = {"seed": seed, "seconds": json.loads(noted.read_text())}
@@ -238,7 +237,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="*", default=[*CHANGES], choices=[*CHANGES, []])
+    parser.add_argument("--variants", nargs="*", default=[*CHANGES], choices=[*CHANGES])
     parser.add_argument("--split", default="test", help="validation, for trying things out")
     parser.add_argument("overrides", nargs="*", help="key=value, for trying things out")
     args = parser.parse_intermixed_args()
