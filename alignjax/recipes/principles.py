@@ -202,15 +202,16 @@ JUDGE_TEMPLATE = (
 
 
 def corpus(draw: Draw, questions: list[Question], num_lines: int) -> Iterator[dict[str, str]]:
-    """Lines {"prompt", "completion"}: an answer, a critique, a revision, a comparison, in turn."""
+    """Lines {"prompt", "completion"}: of six an answer, two critiques, a revision and two
+    comparisons, whose one word is all that a model learns from them."""
     for number in range(num_lines):
         question, principle = draw.choice(questions), draw.choice(PRINCIPLES)
         answer = draw.answer(question)
-        kind = number % 4
-        if kind == 0:
+        kind = ("answer", "critique", "critique", "revision", "verdict", "verdict")[number % 6]
+        if kind == "answer":
             yield {"prompt": question.prompt, "completion": answer.text}
             continue
-        if kind == 3:
+        if kind == "verdict":
             other = draw.answer(question)
             prompt = f"{question.prompt}{FIRST}{answer.text}{SECOND}{other.text}{COMPARE} "
             verdict = draw.verdict(answer, other, principle)
@@ -218,7 +219,7 @@ def corpus(draw: Draw, questions: list[Question], num_lines: int) -> Iterator[di
             continue
         critique = draw.critique(answer, principle)
         prompt = f"{question.prompt}{answer.text}<critique> {principle}:"
-        if kind == 1:
+        if kind == "critique":
             yield {"prompt": prompt, "completion": critique}
         else:
             revision = draw.revision(answer, principle, critique).text
