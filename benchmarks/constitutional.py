@@ -46,17 +46,16 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     }
     for name in principles.PRINCIPLES
 }
-TRUE_JUDGE = {"function": "alignjax.recipes.principles.true_judge"}
+TRUE_JUDGE = "alignjax.recipes.principles.true_judge"
 CHANGES |= {
     "true_labels": {"labels": {"judge": {"name": "truth", "function": TRUE_JUDGE}}},
     "noisy_labels": {
-        "labels": {"judge": {"name": "noisy", "function": TRUE_JUDGE | {"args": {"noise": 0.2}}}}
+        "labels": {"judge": {"name": "noisy", "function": TRUE_JUDGE, "args": {"noise": 0.2}}}
     },
     "one_order": {"labels": {"judge.both_orders": False}},
 }
 """Variant -> stage -> key -> value. A stage that is changed, and those that read it, are run anew
 under a name of their own, beside the others of the recipe."""
-RL_STAGES = ("labels", "reward", "rl_cai")
 
 
 def recipe_of(seed: int, overrides: Sequence[str], variant: str = "") -> RecipeConfig:

@@ -25,9 +25,9 @@ from alignjax.data import Example, Examples, examples, open_source, prompt_encod
 from alignjax.generate import make_generate
 from alignjax.models import load, load_eos_ids
 from alignjax.phases.critique_config import CritiqueConfig, StepSampling
-from alignjax.phases.critique_records import Chain, demonstration, trace_record
+from alignjax.phases.critique_records import Chain, sft_record, trace_record
 from alignjax.phases.produce import State
-from alignjax.phases.sample import no_scores, written_prompt
+from alignjax.phases.responses import no_scores, written_prompt
 from alignjax.report.critiques import by_principle
 from alignjax.rewards.critique_template import Prompt, load_critique_template
 from alignjax.rewards.judge_prompt import defused
@@ -266,7 +266,7 @@ class Critique:
             kept.append({"response": record["response"], "rounds": record["rounds"],
                          "num_tokens": record["num_tokens"]})  # fmt: skip
             if record["revision"] is not None:
-                lines.append(json.dumps(demonstration(record), ensure_ascii=False) + "\n")
+                lines.append(json.dumps(sft_record(record), ensure_ascii=False) + "\n")
         replace_file(run_dir / REVISIONS, "".join(lines).encode(errors="backslashreplace"))
         figures = {
             **state["counts"],

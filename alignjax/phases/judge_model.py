@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -60,7 +59,9 @@ class ModelAsk:
         """Raises: UserError: if the model cannot be read."""
         self._config, self._think, self._mesh = config, think, mesh
         dtype = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
-        self._model, self._params = load(config.path, mesh=mesh, compute_dtype=dtype)
+        self._model, self._params = load(
+            config.path, mesh=mesh, compute_dtype=dtype, param_dtype=config.param_dtype
+        )
         self._tokenizer = load_tokenizer(config.path)
         check_fits(self._tokenizer, self._model.config.vocab_size, config.path)
         self._template = None
@@ -75,8 +76,9 @@ class ModelAsk:
         self.specials = self._tokenizer.special_texts
         self.account = f"model {config.path}"
         self.identity = json.dumps([
-            digest.of_path(resolve(Path(config.path))), dtype, config.chat, config.system,
-            None if self._template is None else self._template.source,
+            digest.of_path(resolve(config.path)), dtype, config.param_dtype, config.chat,
+            config.system,
+            None if self._template is None else self._template.source, config.template_variables,
             None if think is None else [think.max_tokens, config.temperature, config.seed],
         ])  # fmt: skip
 
@@ -118,7 +120,8 @@ class ModelAsk:
             system = self._config.system
             messages = [] if system is None else [{"role": "system", "content": system}]
             messages.append({"role": "user", "content": question.text})
-            ids = encode_chat_prompt(self._tokenizer, self._template, messages)
+            variables = self._config.template_variables
+            ids = encode_chat_prompt(self._tokenizer, self._template, messages, **variables)
         if not ids:
             raise UserError("the question has no tokens")
         room = 0 if self._think is None else self._think.max_tokens

@@ -21,10 +21,10 @@ from alignjax.core.config import to_dict
 from alignjax.core.errors import UserError
 from alignjax.phases.judges import open_judge
 from alignjax.phases.label_agreement import agreement_with, judgements_of, same_task
-from alignjax.phases.label_config import LabelConfig
+from alignjax.phases.label_config import LabelConfig, SampledConfig
 from alignjax.phases.produce import State
 from alignjax.phases.sample import SampleResponses
-from alignjax.phases.sample_config import ResponsesConfig, SampleConfig
+from alignjax.phases.sample_config import SampleConfig
 from alignjax.rewards.constitution import Principle
 from alignjax.rewards.judge import Item, Pair, Verdict, place_bias
 from alignjax.train.metrics import replace_file
@@ -106,7 +106,11 @@ class Label:
         """Of each task those of its pairs, in the order of `_pairs`, or of its responses."""
         if self._config.method == "pointwise":
             sizes = [len(task.responses) for task in tasks]
-            items = [Item(task.prompt, text) for task in tasks for text in task.responses]
+            items = [
+                Item(task.prompt, text, record=task.fields)
+                for task in tasks
+                for text in task.responses
+            ]
             said = iter(self._judge.pointwise(items))
         else:
             sizes = [len(_pairs(task)) for task in tasks]
@@ -116,6 +120,7 @@ class Label:
                     task.responses[i],
                     task.responses[j],
                     {} if principle is None else {"question": principle.comparison},
+                    task.fields,
                 )
                 for task, principle in zip(tasks, principles, strict=True)
                 for i, j in _pairs(task)
@@ -217,7 +222,7 @@ class _Sampled:
 
     def __init__(self, config: LabelConfig, mesh: Mesh):
         assert config.sample is not None
-        own = {name: getattr(config.sample, name) for name in ResponsesConfig.model_fields}
+        own = {name: getattr(config.sample, name) for name in SampledConfig.model_fields}
         made = SampleConfig(
             phase="sample", name=config.name, output_dir=config.output_dir, seed=config.seed,
             mesh=config.mesh, **own,

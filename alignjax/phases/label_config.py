@@ -7,10 +7,17 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from alignjax.core.config import Config, DirectoryName
-from alignjax.phases.sample_config import ResponsesConfig
+from alignjax.phases.sample_config import ResponsesSource
 from alignjax.rewards.constitution import ConstitutionConfig
 from alignjax.rewards.judge_config import JudgeConfig
 from alignjax.sharding import MeshConfig
+
+
+class SampledConfig(ResponsesSource):
+    """What is sampled to be judged."""
+
+    truncated: Literal["keep", "drop"] = "keep"
+    """As of `phase: sample`."""
 
 
 class LabelConfig(Config):
@@ -28,7 +35,7 @@ class LabelConfig(Config):
     num_prompts: int = Field(32, ge=1)
     """Of `responses`: prompts that are judged together; after each such batch the run can be
     continued. Of `sample` it is rollout.num_prompts."""
-    sample: ResponsesConfig | None = None
+    sample: SampledConfig | None = None
     """Or what they are sampled from, as for `phase: sample`."""
     judge: JudgeConfig
     method: Literal["pairwise", "pointwise"] = "pairwise"

@@ -14,7 +14,7 @@ that Constitutional AI asks of a model are there, imperfect, and nothing says to
 In YAML the checker is a reward function, and a judge that knows the truth:
 
     functions: {truth: {function: alignjax.recipes.principles.truth, weight: 0.0}}
-    function: {function: alignjax.recipes.principles.true_judge}
+    judge: {name: truth, function: alignjax.recipes.principles.true_judge}
 """
 
 from __future__ import annotations

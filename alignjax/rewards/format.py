@@ -1,12 +1,19 @@
-"""The shape of a completion -> a reward: its tags, its length in tokens."""
+"""The shape of a completion -> a reward: its tags, its script, its length, words of reflection."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["length", "matches", "tags"]
+__all__ = ["length", "matches", "reflects", "script", "tags"]
+
+REFLECTION = (
+    "wait", "hold on", "let me check", "let me recheck", "re-check", "recheck", "double-check",
+    "verify", "mistake", "wrong", "rethink", "try again", "on second thought",
+)  # fmt: skip
+"""Words by which a text looks back at itself. No list holds all, and each has other uses."""
 
 
 def tags(
@@ -54,6 +61,60 @@ def matches(prompt: str, completion: str, reference: Any, *, pattern: str, **fie
       pattern: such as `#### [0-9]+$`; its `$` is the end of the completion, `(?m)` that of a line.
     """
     return float(re.search(pattern, completion) is not None)
+
+
+def reflects(
+    prompt: str,
+    completion: str,
+    reference: Any,
+    *,
+    words: Sequence[str] = REFLECTION,
+    **fields: Any,
+) -> dict[str, float]:
+    """Whether the completion has one of the words, thinking included; for weight 0, to measure it.
+
+    Whole words, whatever their case; a space in one stands for any white space. That a word is
+    there does not say that anything is checked: read samples.
+
+    Args:
+      words: such as `wait`; each finds itself alone, not `waited`.
+    Returns:
+      reward: 1.0 if there is one; count: how often they occur.
+    Source: the count of reflective words over training is in DeepSeek-R1, Nature 645 (2025),
+      633-638, supplementary information.
+    """
+    if not words or not all(word.strip() for word in words):
+        raise ValueError(f"words={list(words)}; expected at least one, none of them blank")
+    either = "|".join(r"\s+".join(map(re.escape, word.split())) for word in words)
+    count = len(re.findall(rf"(?<!\w)(?:{either})(?!\w)", completion, re.IGNORECASE))
+    return {"reward": float(count > 0), "count": float(count)}
+
+
+def script(
+    prompt: str,
+    completion: str,
+    reference: Any,
+    *,
+    name: str = "LATIN",
+    tag: str = "think",
+    **fields: Any,
+) -> float:
+    """The share of the letters inside a tag that are of one script; 0.0 if there are none.
+
+    For thoughts in one language, after the language-consistency reward of DeepSeek-R1
+    (arXiv:2501.12948 sec. 2.3.2), which is the share of words of the language.
+
+    Args:
+      name: what the Unicode names of its letters begin with: LATIN, CYRILLIC, CJK, HANGUL, ...
+      tag: whose first occurrence counts. A prompt that ends with it has opened it.
+    """
+    if prompt.rstrip().endswith(f"<{tag}>"):
+        completion = f"<{tag}>{completion}"
+    _, _, rest = completion.partition(f"<{tag}>")
+    inside, is_closed, _ = rest.partition(f"</{tag}>")
+    letters = [char for char in inside if char.isalpha()] if is_closed else []
+    of_script = sum(unicodedata.name(char, "").startswith(name) for char in letters)
+    return of_script / len(letters) if letters else 0.0
 
 
 def length(

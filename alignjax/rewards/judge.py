@@ -36,6 +36,9 @@ class Pair:
     second: str
     variables: Mapping[str, Any] = field(default_factory=dict)
     """What else the template or the function may name, such as `question`: see `judge_prompt`."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the prompt's record, which a function is called with, too; to a template they are
+    `record`, and data like the responses."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Item:
     prompt: Prompt
     response: str
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """As of `Pair`."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """Both as of `Pair`."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +209,11 @@ class Judge:
             **judged,
         }
         if self._templates is None:
+            fields = {**asked.record, **fields}
             return Question(to_json(fields), options, fields)
         own = {"options": list(options), "best_score": config.best_score, "cue": cue}
+        if asked.record:
+            own["record"] = dict(asked.record)
         template = self._templates[kind]
         return Question(template.render(fields | own), options, fields, cue, template.digest)
 

@@ -21,6 +21,8 @@ from alignjax.rewards.judge import Answer, Ask, Question, Usage
 APPLICATION_ID = 0x616C6A6A  # "aljj": whose file it is
 FORMAT = 1
 """Part of each key: raise it when the same question is to be answered otherwise."""
+IN_MEMORY = Path(":memory:")
+"""The path of a cache that is gone when it is closed."""
 _FEW = 500
 """Keys in one query."""
 

@@ -59,7 +59,7 @@ class HttpConfig(JudgeTextConfig):
     way may go beyond it."""
     max_spend: float | None = Field(None, ge=0, allow_inf_nan=False)
     """The same of money, by `prices`."""
-    prices: tuple[Finite, Finite] | None = None
+    prices: Annotated[tuple[Finite, Finite], _FROM_LIST] | None = None
     """Of a million tokens of prompts and of answers, in the currency of `max_spend`."""
 
     @field_validator("url")
@@ -88,29 +88,18 @@ class LocalConfig(JudgeTextConfig):
     """Ask through the model's chat template; false: the rendered text is what it goes on from."""
     chat_template: str | None = None
     """A jinja file, instead of the template that comes with the tokenizer."""
+    template_variables: dict[str, JsonValue] = {}
+    """Further variables for it, such as enable_thinking."""
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Of the chain of thought."""
     batch_size: int = Field(32, ge=1)
     """Questions that are computed together; after each such batch the answers are cached."""
     seed: int = Field(0, ge=0)
+    """Of the chain of thought, at a temperature above 0."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights as they are held; bfloat16 takes half the memory."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products. auto: bfloat16 on TPU and GPU, float32 on CPU."""
-
-
-class FunctionJudgeConfig(Config):
-    """A function, found, called and stopped like a reward function.
-
-    Of a pair it is `judge(prompt, first, second, **fields)`, the probability from 0 to 1 that first
-    is better; of a single response `judge(prompt, response, **fields)`, a score from 1 to best.
-    """
-
-    function: str
-    """`package.module:function`, `package.module.function` or `path/to/file.py:function`."""
-    args: dict[str, JsonValue] = {}
-    """Its options, by name."""
-    timeout_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
-    """Limit on one call, in seconds."""
-    num_workers: int = Field(default=2, ge=1)
 
 
 class ThinkConfig(Config):
@@ -168,6 +157,16 @@ class JudgingConfig(Config):
         return self.clamp
 
 
+LIMITS = (
+    "cache", "timeout_s", "num_workers",
+    *(f"http.{name}" for name in (
+        "key_env", "concurrency", "requests_per_minute", "timeout_s", "num_retries", "backoff_s",
+        "max_wait_s", "max_requests", "max_tokens_total", "max_spend", "prices",
+    )),
+)  # fmt: skip
+"""Keys of a judge that change no answer: a run may go on with others, such as a higher budget."""
+
+
 class JudgeConfig(JudgingConfig):
     """A judge: one of three that answer, and how it is asked."""
 
@@ -177,11 +176,20 @@ class JudgeConfig(JudgingConfig):
     """An endpoint."""
     model: LocalConfig | None = None
     """A model of our own."""
-    function: FunctionJudgeConfig | None = None
-    """A Python function."""
+    function: str | None = None
+    """A Python function, found, called and stopped like a reward function: `package.module:name`,
+    `package.module.name` or `path/to/file.py:name`. Of a pair it is `judge(prompt, first, second,
+    **fields)`, the probability from 0 to 1 that first is better; of a single response
+    `judge(prompt, response, **fields)`, a score from 1 to best_score."""
+    args: dict[str, JsonValue] = {}
+    """Options of the function, by name."""
+    timeout_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """Limit on one call of the function, in seconds."""
+    num_workers: int = Field(default=2, ge=1)
+    """Processes that call it."""
     cache: str | None = None
     """An SQLite file with every answer, which several runs may share; the run's own if not given.
-    What is in it is not asked again."""
+    What is in it is not asked again. ":memory:" keeps none."""
 
     @model_validator(mode="after")
     def _is_one_of_three(self) -> Self:
@@ -193,6 +201,8 @@ class JudgeConfig(JudgingConfig):
             )
         if self.function is not None and (self.think is not None or self.template != "auto"):
             raise ValueError("a function gets prompt and responses: it has no template or think")
+        if self.args and self.function is None:
+            raise ValueError("args are options of a function, and none is given")
         return self
 
     @property

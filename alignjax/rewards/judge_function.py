@@ -14,7 +14,7 @@ from alignjax.core.errors import UserError
 from alignjax.core.types import Sample, Score
 from alignjax.rewards.combine import FunctionConfig, RewardConfig
 from alignjax.rewards.judge import Answer, Question, Usage
-from alignjax.rewards.judge_config import FunctionJudgeConfig
+from alignjax.rewards.judge_config import JudgeConfig
 from alignjax.rewards.pool import RewardPool
 
 _BATCH = 32
@@ -29,8 +29,9 @@ class FunctionAsk:
       account: under which its calls are counted.
     """
 
-    def __init__(self, config: FunctionJudgeConfig, *, log_path: Path | None = None):
-        """Raises: UserError: if the function cannot be loaded."""
+    def __init__(self, config: JudgeConfig, *, log_path: Path | None = None):
+        """Raises: UserError: if the function of the config cannot be loaded."""
+        assert config.function is not None
         function = FunctionConfig(function=config.function, args=config.args)
         rewards = RewardConfig(
             functions={"judge": function},

@@ -7,6 +7,7 @@ A template is jinja2, rendered in the sandbox of chat templates. It may name
     options, best_score                the verdicts that there are
     cue                                what stands before the verdict; none without chain of thought
     fence                              a line that none of the texts holds
+    record                             the fields of the prompt's record, where the caller has them
 
 and any variable that the caller adds. Judged text is fenced and declared to be data. The fence is a
 digest of all texts, so that who writes one of them cannot know it, and control tokens that are
@@ -98,6 +99,8 @@ class Template:
             return defused(value, self._specials)
         if isinstance(value, list):
             return [self._defused(one) for one in value]
+        if isinstance(value, dict):
+            return {self._defused(k): self._defused(one) for k, one in value.items()}
         return value
 
 

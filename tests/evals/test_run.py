@@ -134,3 +134,12 @@ def test_config_is_checked_before_anything_is_sampled(override, message):
     with pytest.raises(UserError) as caught:
         build(EvalConfig, loads(CONFIG, [override]))
     assert str(caught.value).startswith(f"command line: {message}")
+
+
+def test_problems_that_the_part_is_not_for_are_not_in_question():
+    out = rollouts([[(said(7), 1.0), (said(3), 0.0)], [(said(4), 1.0)] * 2, [(said(7), None)] * 2])
+    out.scores[2:4] = [Score(0.5, {"liked": 0.5})] * 2  # By its `where`: no such part.
+    found = report(out, "accuracy", "answer_tag").estimates
+    assert found["pass@1"].mean == pytest.approx((1 / 2 + 0) / 2)
+    assert found["maj@2"].mean == pytest.approx((1 / 2 + 0) / 2)
+    assert found["pass@1"].num_problems == 2

@@ -201,14 +201,14 @@ HTTP = {"url": "http://localhost:1/v1", "model": "m"}
     ("config", "message"),
     [
         ({}, "give one of http"),
-        ({"http": HTTP, "function": {"function": "a.b"}}, "http and func"),
+        ({"http": HTTP, "function": "a.b"}, "http and func"),
         ({"http": HTTP, "clamp": (0.6, 0.9)}, "around 0.5"),
         ({"http": HTTP, "clamp": (0.4, 0.6), "harden": 0.1}, "harden would undo clamp"),
         ({"http": HTTP, "options": ("A", "A ")}, "two unlike texts"),
         ({"http": {**HTTP, "url": "localhost:1"}}, "expected http://HOST"),
         ({"http": {**HTTP, "url": "http://me:secret@host/v1"}}, "use key_env"),
         ({"http": {**HTTP, "max_spend": 1.0}}, "max_spend needs prices"),
-        ({"function": {"function": "a.b"}, "think": {}}, "no template or think"),
+        ({"function": "a.b", "think": {}}, "no template or think"),
         ({"http": HTTP, "name": "a b"}, "pattern"),
     ],
 )  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 
 from alignjax.core.errors import UserError
 from alignjax.rewards.judge import Item, Judge, Pair
-from alignjax.rewards.judge_config import FunctionJudgeConfig, JudgingConfig
+from alignjax.rewards.judge_config import JudgeConfig, JudgingConfig
 from alignjax.rewards.judge_function import FunctionAsk, source_digest
 
 CODE = """
@@ -34,9 +34,7 @@ def file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairwise(file):
     ask = FunctionAsk(
-        FunctionJudgeConfig(
-            function=f"{file}:pair", args={"bias": 0.2}, timeout_s=1.0, num_workers=1
-        )
+        JudgeConfig(function=f"{file}:pair", args={"bias": 0.2}, timeout_s=1.0, num_workers=1)
     )
     yield Judge(ask, JudgingConfig(), None)
     ask.close()
@@ -57,7 +55,7 @@ def test_pairs(pairwise):
 
 
 def test_scores(file):
-    ask = FunctionAsk(FunctionJudgeConfig(function=f"{file}:score", num_workers=1))
+    ask = FunctionAsk(JudgeConfig(function=f"{file}:score", num_workers=1))
     judge = Judge(ask, JudgingConfig(), None)
     values = [1.0, 2.25, 9.5, 10.0]
     found = judge.pointwise([Item("p", str(value)) for value in values])
@@ -80,10 +78,10 @@ def test_a_function_is_known_by_its_file(file, monkeypatch, tmp_path):
     assert source_digest("alignjax.recipes.manners.hidden")
     assert source_digest("no.such.module") == ""
     one, other = (
-        FunctionAsk(FunctionJudgeConfig(function=f"{file}:pair", args={"bias": b}, num_workers=1))
+        FunctionAsk(JudgeConfig(function=f"{file}:pair", args={"bias": b}, num_workers=1))
         for b in (0.0, 0.1)
     )
     assert one.identity != other.identity
     one.close(), other.close()
     with pytest.raises(UserError, match="has no function 'par'"):
-        FunctionAsk(FunctionJudgeConfig(function=f"{file}:par"))
+        FunctionAsk(JudgeConfig(function=f"{file}:par"))
