@@ -202,20 +202,24 @@ JUDGE_TEMPLATE = (
 
 
 def corpus(draw: Draw, questions: list[Question], num_lines: int) -> Iterator[dict[str, str]]:
-    """Lines {"prompt", "completion"}: of six an answer, two critiques, a revision and two
-    comparisons, whose one word is all that a model learns from them."""
+    """Lines {"prompt", "completion"}: of five an answer, two critiques, a revision and a comparison
+    under all principles, one after the other in any order: a verdict is a single word, and there
+    would be little to learn from if each stood alone behind two answers."""
     for number in range(num_lines):
         question, principle = draw.choice(questions), draw.choice(PRINCIPLES)
         answer = draw.answer(question)
-        kind = ("answer", "critique", "critique", "revision", "verdict", "verdict")[number % 6]
+        kind = ("answer", "critique", "critique", "revision", "comparison")[number % 5]
         if kind == "answer":
             yield {"prompt": question.prompt, "completion": answer.text}
             continue
-        if kind == "verdict":
+        if kind == "comparison":
             other = draw.answer(question)
-            prompt = f"{question.prompt}{FIRST}{answer.text}{SECOND}{other.text}{COMPARE} "
-            verdict = draw.verdict(answer, other, principle)
-            yield {"prompt": f"{prompt}{principle}:", "completion": verdict}
+            first, *rest = draw.shuffled(PRINCIPLES)
+            prompt = f"{question.prompt}{FIRST}{answer.text}{SECOND}{other.text}{COMPARE} {first}:"
+            said = draw.verdict(answer, other, first)
+            for principle in rest:
+                said += f"{COMPARE} {principle}:{draw.verdict(answer, other, principle)}"
+            yield {"prompt": prompt, "completion": said}
             continue
         critique = draw.critique(answer, principle)
         prompt = f"{question.prompt}{answer.text}<critique> {principle}:"

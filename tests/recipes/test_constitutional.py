@@ -47,7 +47,7 @@ SMALL = {
     "world": ["args={num_lines: 200}"],
     "base": ["data.rows=2", "loop.steps=2", "optimizer.warmup_steps=0",
              "model.init={hidden_size: 16, num_layers: 1, num_heads: 2, "
-             "max_position_embeddings: 64}"],
+             "max_position_embeddings: 72}"],
     "prompts": ["args.num_test=8", "args.num_train=24"],
     "helpful": ["args.num_test=8", "args.num_train=24"],
     "revisions": ["data.num_prompts=6", "rollout.num_prompts=6", "num_rounds=2", "truncated=keep"],
