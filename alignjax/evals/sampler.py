@@ -18,8 +18,7 @@ from alignjax.core.precision import compute_dtype
 from alignjax.core.types import Sample, Sampling, Score, ScoreFn
 from alignjax.data import TextConfig
 from alignjax.evals.arithmetic import Arithmetic
-from alignjax.evals.kl import sequence_logps
-from alignjax.generate import make_generate
+from alignjax.generate import make_generate, make_sequence_logps
 from alignjax.models import load, load_eos_ids
 from alignjax.rewards.combine import RewardConfig
 from alignjax.rewards.rollout import Rollouts, Task, rollout
@@ -135,10 +134,10 @@ class Sampler:
         row_len = _SHORTEST_ROW
         while row_len < longest:
             row_len *= 2
-        found = sequence_logps(
-            self._model, self._params, texts, num_targets, self.mesh,
-            row_len=min(row_len, context), temperature=1.0,
-        )  # fmt: skip
+        logps = make_sequence_logps(
+            self._model, self.mesh, row_len=min(row_len, context), temperature=1.0
+        )
+        found = logps(self._params, texts, num_targets)
         if not np.isfinite(found).all():
             raise UserError(
                 f"{self.path}: a log-prob is not finite: the weights hold nan or inf, or are too "

@@ -11,6 +11,7 @@ import pytest
 from alignjax.cli.run import check
 from alignjax.core.config import build, loads
 from alignjax.evals.win_rate import CompareConfig
+from alignjax.rewards.constitution import Constitution
 from tests.flags import QUICK
 
 REPO = Path(__file__).resolve().parents[2]
@@ -22,6 +23,7 @@ def test_its_configs_are_valid():
     configs = {name: text for language, name, text in BLOCKS if language == "yaml"}
     assert len(configs) >= 3
     build(CompareConfig, loads(configs.pop("compare.yaml"), ["a=one", "b=other"]))
+    build(Constitution, loads(configs.pop("constitution.yaml")))
     for text in configs.values():
         check(loads(text))
 
