@@ -29,7 +29,7 @@ from alignjax.generate.engine import bucket
 from alignjax.models import load, load_eos_ids
 from alignjax.phases.common import score_tokens
 from alignjax.phases.comparisons import per_element, token_rows_of
-from alignjax.rewards.judge import Answer, Question, Usage
+from alignjax.rewards.judge_answer import Answer, Question, Usage
 from alignjax.rewards.judge_config import LocalConfig, ThinkConfig
 from alignjax.sharding import batch_shards, put_batch
 from alignjax.text import (
@@ -83,7 +83,7 @@ class ModelAsk:
         ])  # fmt: skip
 
     def __call__(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer]]:
-        """See `judge.Ask`."""
+        """See `judge_answer.Ask`."""
         size = self._config.batch_size
         for start in range(0, len(questions), size):
             part = questions[start : start + size]

@@ -23,7 +23,7 @@ from typing import Any
 import httpx2 as httpx
 
 from alignjax.core.errors import UserError
-from alignjax.rewards.judge import Answer, Question, Usage
+from alignjax.rewards.judge_answer import Answer, Question, Usage
 from alignjax.rewards.judge_completion import ReplyError, read_reply
 from alignjax.rewards.judge_config import HttpConfig, ThinkConfig
 
@@ -68,7 +68,7 @@ class HttpAsk:
         self._next_start = self._not_before = 0.0  # Of the monotonic clock.
 
     def __call__(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer]]:
-        """See `judge.Ask`. Raises: UserError: if the endpoint refuses key, address or model."""
+        """An `Ask`. Raises: UserError: if the endpoint refuses key, address or model."""
         found: queue.SimpleQueue[tuple[int, Answer] | Exception | None] = queue.SimpleQueue()
         loop = asyncio.new_event_loop()
         task = loop.create_task(self._all(questions, found.put))
