@@ -25,11 +25,12 @@ from alignjax.data import Example, Examples, examples, open_source, prompt_encod
 from alignjax.generate import make_generate
 from alignjax.models import load, load_eos_ids
 from alignjax.phases.critique_config import CritiqueConfig, StepSampling
-from alignjax.phases.critique_records import Chain, demonstration, trace_record
+from alignjax.phases.critique_records import Chain, sft_record, trace_record
 from alignjax.phases.produce import State
 from alignjax.phases.responses import no_scores, written_prompt
 from alignjax.report.critiques import by_principle
 from alignjax.rewards.critique_template import Prompt, load_critique_template
+from alignjax.rewards.judge_prompt import defused
 from alignjax.rewards.rollout import Task, rollout
 from alignjax.text import check_fits, load_tokenizer, stop_ids
 from alignjax.train.metrics import replace_file
@@ -176,15 +177,22 @@ class Critique:
         for chain in open_:
             chain.rounds.append({"principle": chain.principles[number].name, "fault": None})
         if self._template.critique is not None:
-            asked = [self._template.for_critique(c.principles[number], c.prompt, c.answer)
-                     for c in open_]  # fmt: skip
+            asked = [
+                self._template.for_critique(c.principles[number], c.prompt, self._safe(c.answer))
+                for c in open_
+            ]
             open_ = self._step("critique", open_, asked, named_key(key, "critique"), counts)
-        asked = [
-            self._template.for_revision(
-                c.principles[number], c.prompt, c.answer, c.rounds[-1].get("critique")
+        asked = []
+        for chain in open_:
+            critique = chain.rounds[-1].get("critique")
+            asked.append(
+                self._template.for_revision(
+                    chain.principles[number],
+                    chain.prompt,
+                    self._safe(chain.answer),
+                    None if critique is None else self._safe(critique),
+                )
             )
-            for c in open_
-        ]
         for chain in self._step("revision", open_, asked, named_key(key, "revision"), counts):
             now = chain.rounds[-1]
             counts["num_changed"] += now["revision"] != chain.answer
@@ -228,6 +236,11 @@ class Critique:
         is_refused = sample.is_truncated and self._config.truncated == "discard"
         return f"{name} was cut at max_tokens" if is_refused else None
 
+    def _safe(self, text: str) -> str:
+        """What the model wrote, as it reads it again: special tokens that are spelled out in it are
+        broken apart, or they would end its turn there."""
+        return defused(text, self._tokenizer.special_texts)
+
     def _ids(self, prompt: Prompt, example: Example) -> np.ndarray:
         if isinstance(prompt, str):
             return self._encode(Example(prompt=prompt))
@@ -253,7 +266,7 @@ class Critique:
             kept.append({"response": record["response"], "rounds": record["rounds"],
                          "num_tokens": record["num_tokens"]})  # fmt: skip
             if record["revision"] is not None:
-                lines.append(json.dumps(demonstration(record), ensure_ascii=False) + "\n")
+                lines.append(json.dumps(sft_record(record), ensure_ascii=False) + "\n")
         replace_file(run_dir / REVISIONS, "".join(lines).encode(errors="backslashreplace"))
         figures = {
             **state["counts"],

@@ -9,6 +9,7 @@ from typing import Any
 
 from alignjax.core.types import Sample
 from alignjax.data import Example
+from alignjax.phases.responses import demonstration
 from alignjax.rewards.constitution import Principle
 from alignjax.rewards.critique_template import Prompt
 from alignjax.rewards.plain import to_json
@@ -57,12 +58,7 @@ def trace_record(chain: Chain) -> dict[str, Any]:
     return own | json.loads(to_json(fields))
 
 
-def demonstration(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The prompt and the last revision, as `phase: sft` reads them: `prompt` and `completion`, or
-    `messages`."""
-    prompt, revision = record["prompt"], record["revision"]
-    if isinstance(prompt, str):
-        found = {"prompt": prompt, "completion": revision}
-    else:
-        found = {"messages": [*prompt, {"role": "assistant", "content": revision}]}
+def sft_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The prompt and the last revision, as `phase: sft` reads them, with the record's fields."""
+    found = demonstration(record["prompt"], record["revision"])
     return found | {k: v for k, v in record.items() if k not in _OWN and k not in found}

@@ -29,7 +29,7 @@ from alignjax.generate.engine import bucket
 from alignjax.models import load, load_eos_ids
 from alignjax.phases.common import score_tokens
 from alignjax.phases.comparisons import per_element, token_rows_of
-from alignjax.rewards.judge import Answer, Question, Usage
+from alignjax.rewards.judge_answer import Answer, Question, Usage
 from alignjax.rewards.judge_config import LocalConfig, ThinkConfig
 from alignjax.sharding import batch_shards, put_batch
 from alignjax.text import (
@@ -78,12 +78,12 @@ class ModelAsk:
         self.identity = json.dumps([
             digest.of_path(resolve(config.path)), dtype, config.param_dtype, config.chat,
             config.system,
-            None if self._template is None else self._template.source,
+            None if self._template is None else self._template.source, config.template_variables,
             None if think is None else [think.max_tokens, config.temperature, config.seed],
         ])  # fmt: skip
 
     def __call__(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer]]:
-        """See `judge.Ask`."""
+        """See `judge_answer.Ask`."""
         size = self._config.batch_size
         for start in range(0, len(questions), size):
             part = questions[start : start + size]
@@ -120,7 +120,8 @@ class ModelAsk:
             system = self._config.system
             messages = [] if system is None else [{"role": "system", "content": system}]
             messages.append({"role": "user", "content": question.text})
-            ids = encode_chat_prompt(self._tokenizer, self._template, messages)
+            variables = self._config.template_variables
+            ids = encode_chat_prompt(self._tokenizer, self._template, messages, **variables)
         if not ids:
             raise UserError("the question has no tokens")
         room = 0 if self._think is None else self._think.max_tokens

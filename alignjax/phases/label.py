@@ -106,7 +106,11 @@ class Label:
         """Of each task those of its pairs, in the order of `_pairs`, or of its responses."""
         if self._config.method == "pointwise":
             sizes = [len(task.responses) for task in tasks]
-            items = [Item(task.prompt, text) for task in tasks for text in task.responses]
+            items = [
+                Item(task.prompt, text, record=task.fields)
+                for task in tasks
+                for text in task.responses
+            ]
             said = iter(self._judge.pointwise(items))
         else:
             sizes = [len(_pairs(task)) for task in tasks]
@@ -116,6 +120,7 @@ class Label:
                     task.responses[i],
                     task.responses[j],
                     {} if principle is None else {"question": principle.comparison},
+                    task.fields,
                 )
                 for task, principle in zip(tasks, principles, strict=True)
                 for i, j in _pairs(task)

@@ -14,7 +14,7 @@ that Constitutional AI asks of a model are there, imperfect, and nothing says to
 In YAML the checker is a reward function, and a judge that knows the truth:
 
     functions: {truth: {function: alignjax.recipes.principles.truth, weight: 0.0}}
-    function: {function: alignjax.recipes.principles.true_judge}
+    judge: {name: truth, function: alignjax.recipes.principles.true_judge}
 """
 
 from __future__ import annotations
@@ -202,23 +202,28 @@ JUDGE_TEMPLATE = (
 
 
 def corpus(draw: Draw, questions: list[Question], num_lines: int) -> Iterator[dict[str, str]]:
-    """Lines {"prompt", "completion"}: an answer, a critique, a revision, a comparison, in turn."""
+    """Lines {"prompt", "completion"}: of five an answer, two critiques, a revision and a comparison
+    under all principles, one after the other in any order: a verdict is a single word, and there
+    would be little to learn from if each stood alone behind two answers."""
     for number in range(num_lines):
         question, principle = draw.choice(questions), draw.choice(PRINCIPLES)
         answer = draw.answer(question)
-        kind = number % 4
-        if kind == 0:
+        kind = ("answer", "critique", "critique", "revision", "comparison")[number % 5]
+        if kind == "answer":
             yield {"prompt": question.prompt, "completion": answer.text}
             continue
-        if kind == 3:
+        if kind == "comparison":
             other = draw.answer(question)
-            prompt = f"{question.prompt}{FIRST}{answer.text}{SECOND}{other.text}{COMPARE} "
-            verdict = draw.verdict(answer, other, principle)
-            yield {"prompt": f"{prompt}{principle}:", "completion": verdict}
+            first, *rest = draw.shuffled(PRINCIPLES)
+            prompt = f"{question.prompt}{FIRST}{answer.text}{SECOND}{other.text}{COMPARE} {first}:"
+            said = draw.verdict(answer, other, first)
+            for principle in rest:
+                said += f"{COMPARE} {principle}:{draw.verdict(answer, other, principle)}"
+            yield {"prompt": prompt, "completion": said}
             continue
         critique = draw.critique(answer, principle)
         prompt = f"{question.prompt}{answer.text}<critique> {principle}:"
-        if kind == 1:
+        if kind == "critique":
             yield {"prompt": prompt, "completion": critique}
         else:
             revision = draw.revision(answer, principle, critique).text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import html
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -122,7 +123,11 @@ def _row(name: str, of: Mapping[str, Any], principles: Mapping[str, Any]) -> str
 
 
 def _article(record: Record) -> str:
-    rounds = [_round(before, now) for before, _, now in _rounds(record)]
+    names = itertools.chain(["first answer"], itertools.repeat("answer so far"))
+    rounds = [
+        _round(name, before, now)
+        for name, (before, _, now) in zip(names, _rounds(record), strict=False)
+    ]
     if not rounds:
         rounds = [f'<div class="round"><div>{_text(record["response"])}</div></div>']
     if record["fault"] is not None:
@@ -132,13 +137,13 @@ def _article(record: Record) -> str:
     )
 
 
-def _round(before: str, now: Mapping[str, Any]) -> str:
-    """The answer before, the critique and the revision, side by side."""
+def _round(name: str, before: str, now: Mapping[str, Any]) -> str:
+    """The answer before, under its name, the critique and the revision, side by side."""
     revision = now.get("revision")
     left, right = (_text(before), "") if revision is None else _compared(before, revision)
     fault = "" if now["fault"] is None else _fault(now["fault"])
     columns = (
-        _label("answer") + left,
+        _label(name) + left,
         _label(f"critique: {now['principle']}") + _text(now.get("critique") or ""),
         _label("revision") + right + fault,
     )

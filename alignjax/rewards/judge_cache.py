@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from alignjax.core.errors import UserError
-from alignjax.rewards.judge import Answer, Ask, Question, Usage
+from alignjax.rewards.judge_answer import Answer, Ask, Question, Usage
 
 APPLICATION_ID = 0x616C6A6A  # "aljj": whose file it is
 FORMAT = 1

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from alignjax.rewards.judge import WRAPPING, Answer, Question, Usage, spoken
+from alignjax.rewards.judge_answer import WRAPPING, Answer, Question, Usage, spoken
 
 
 class ReplyError(ValueError):

@@ -88,6 +88,8 @@ class LocalConfig(JudgeTextConfig):
     """Ask through the model's chat template; false: the rendered text is what it goes on from."""
     chat_template: str | None = None
     """A jinja file, instead of the template that comes with the tokenizer."""
+    template_variables: dict[str, JsonValue] = {}
+    """Further variables for it, such as enable_thinking."""
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Of the chain of thought."""
     batch_size: int = Field(32, ge=1)
@@ -155,6 +157,16 @@ class JudgingConfig(Config):
         return self.clamp
 
 
+LIMITS = (
+    "cache", "timeout_s", "num_workers",
+    *(f"http.{name}" for name in (
+        "key_env", "concurrency", "requests_per_minute", "timeout_s", "num_retries", "backoff_s",
+        "max_wait_s", "max_requests", "max_tokens_total", "max_spend", "prices",
+    )),
+)  # fmt: skip
+"""Keys of a judge that change no answer: a run may go on with others, such as a higher budget."""
+
+
 class JudgeConfig(JudgingConfig):
     """A judge: one of three that answer, and how it is asked."""
 
@@ -177,7 +189,7 @@ class JudgeConfig(JudgingConfig):
     """Processes that call it."""
     cache: str | None = None
     """An SQLite file with every answer, which several runs may share; the run's own if not given.
-    What is in it is not asked again."""
+    What is in it is not asked again. ":memory:" keeps none."""
 
     @model_validator(mode="after")
     def _is_one_of_three(self) -> Self:

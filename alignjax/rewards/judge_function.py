@@ -13,7 +13,7 @@ from pathlib import Path
 from alignjax.core.errors import UserError
 from alignjax.core.types import Sample, Score
 from alignjax.rewards.combine import FunctionConfig, RewardConfig
-from alignjax.rewards.judge import Answer, Question, Usage
+from alignjax.rewards.judge_answer import Answer, Question, Usage
 from alignjax.rewards.judge_config import JudgeConfig
 from alignjax.rewards.pool import RewardPool
 

@@ -23,7 +23,7 @@ from typing import Any
 import httpx2 as httpx
 
 from alignjax.core.errors import UserError
-from alignjax.rewards.judge import Answer, Question, Usage
+from alignjax.rewards.judge_answer import Answer, Question, Usage
 from alignjax.rewards.judge_completion import ReplyError, read_reply
 from alignjax.rewards.judge_config import HttpConfig, ThinkConfig
 
@@ -68,14 +68,17 @@ class HttpAsk:
         self._next_start = self._not_before = 0.0  # Of the monotonic clock.
 
     def __call__(self, questions: Sequence[Question]) -> Iterator[Mapping[int, Answer]]:
-        """See `judge.Ask`. Raises: UserError: if the endpoint refuses key, address or model."""
-        found: queue.SimpleQueue[tuple[int, Answer] | Exception] = queue.SimpleQueue()
+        """An `Ask`. Raises: UserError: if the endpoint refuses key, address or model."""
+        found: queue.SimpleQueue[tuple[int, Answer] | Exception | None] = queue.SimpleQueue()
         loop = asyncio.new_event_loop()
         task = loop.create_task(self._all(questions, found.put))
 
         def work() -> None:
-            with asyncio.Runner(loop_factory=lambda: loop) as runner:
-                runner.run(_ended(task))
+            try:
+                with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                    runner.run(_ended(task))
+            finally:
+                found.put(None)  # Whatever happened, nobody waits for more.
 
         thread = threading.Thread(target=work, name="judge", daemon=True)
         thread.start()
@@ -84,6 +87,8 @@ class HttpAsk:
                 item = found.get()
                 if isinstance(item, Exception):
                     raise item
+                if item is None:
+                    raise RuntimeError("the thread that asks ended before all was answered")
                 yield {item[0]: item[1]}
         finally:
             with contextlib.suppress(RuntimeError):  # It is over, and its loop closed.

@@ -9,7 +9,8 @@ from alignjax.core.errors import UserError
 from alignjax.core.intervals import clustered_interval
 from alignjax.core.types import STOP, Completions, Sample, Score
 from alignjax.evals.win_rate import Compared, by_judge, by_reward, write_comparison
-from alignjax.rewards.judge import Answer, Judge, Verdict
+from alignjax.rewards.judge import Judge, Verdict
+from alignjax.rewards.judge_answer import Answer
 from alignjax.rewards.judge_config import JudgingConfig
 from alignjax.rewards.rollout import Rollouts, Task, joined
 

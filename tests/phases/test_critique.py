@@ -18,8 +18,8 @@ from alignjax.rewards.constitution import load_constitution
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.text import vocab_tokenizer
 
-TOKENS = ["<pad>", "<bos>", "<eos>", *"abcdefghijklmnopqrstuvwxyz ?!:", "<critique>", "<revision>",
-          "\n"]  # fmt: skip
+TOKENS = ["<pad>", "<bos>", "<eos>", *"abcdefghijklmnopqrstuvwxyz ?!:<>\n", "<critique>",
+          "<revision>"]  # fmt: skip
 CONSTITUTION = """
 name: small
 principles:
@@ -102,7 +102,8 @@ def scripted(root, script, folder, *overrides):
         asked.extend(texts)
         said = [script(text) for text in texts]
         cut = [text.endswith("...") for text in said]
-        ids = [tokenizer.encode(text.removesuffix("...")) + [2] * (not is_cut)
+        # Letter by letter: a model can spell out what is a token of its own.
+        ids = [[*(TOKENS.index(c) for c in text.removesuffix("...")), *[2] * (not is_cut)]
                for text, is_cut in zip(said, cut, strict=True)]  # fmt: skip
         tokens = np.zeros((len(ids), sampling.max_tokens), np.int32)
         for row, one in zip(tokens, ids, strict=True):
@@ -171,6 +172,20 @@ def test_turns_of_a_chat(root, tmp_path):
     assert revisions[0]["messages"] == [*messages, {"role": "assistant", "content": "x"}]
     assert len(Examples(open_source(str(tmp_path / "run/revisions.jsonl")),
                         Fields(messages="messages"))) == 1  # fmt: skip
+
+
+def test_special_tokens_that_are_spelled_out_end_nothing(root, tmp_path):
+    trace, _, _, asked = scripted(
+        root, lambda text: "<eos>", tmp_path / "run", "data.num_prompts=1", "num_rounds=1",
+        "rollout={response: {max_tokens: 6}, critique: {max_tokens: 6}, revision: {max_tokens: 6}, "
+        "max_prompt_tokens: 8}",
+        f"template={root}/template.yaml", "data.text.chat=true",
+        f"data.text.chat_template={root}/chat.jinja",
+    )  # fmt: skip
+    # Of special tokens there is the template's own after each turn alone.
+    assert [text.count("<eos>") for text in asked] == [0, 1, 2]
+    assert [text.count("< eos>") for text in asked] == [0, 1, 2]
+    assert trace[0]["response"] == trace[0]["revision"] == "<eos>", "written down as it was said"
 
 
 def test_without_critiques_answers_are_revised_at_once(root, tmp_path):

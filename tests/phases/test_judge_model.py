@@ -11,7 +11,8 @@ import pytest
 from alignjax.core.errors import UserError
 from alignjax.models import Model, ModelConfig, save
 from alignjax.phases.judge_model import ModelAsk, exclusive
-from alignjax.rewards.judge import Judge, Pair, Question
+from alignjax.rewards.judge import Judge, Pair
+from alignjax.rewards.judge_answer import Question
 from alignjax.rewards.judge_config import JudgingConfig, LocalConfig, ThinkConfig
 from alignjax.rewards.judge_prompt import load_templates
 from alignjax.sharding import MeshConfig, make_mesh

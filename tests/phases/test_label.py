@@ -208,6 +208,22 @@ def test_an_endpoint_that_dies_in_the_middle_loses_nothing(tmp_path):
     assert len({one.pop("judge") for one in figures}) == 2 and figures[0] == figures[1]
 
 
+def test_a_budget_that_is_used_up_can_be_raised(tmp_path):
+    """The run goes on with another limit, but not with another judge."""
+    values = {"responses": written(tmp_path, RECORDS[:2]), "num_prompts": 1}
+    with Server(lambda count, body: by_text(body)) as server:
+        http = {"url": server.url, "model": "m", "concurrency": 1}
+        with pytest.raises(UserError, match=r"max_requests=7 is used up \(7\)"):
+            run(tmp_path, {"http": http | {"max_requests": 7}}, **values)
+        with pytest.raises(UserError, match=r"judge.http.model: m -> other\nchoose"):
+            run(tmp_path, {"http": http | {"max_requests": 8, "model": "other"}}, **values)
+        found, _ = run(
+            tmp_path, {"http": http | {"max_requests": 8, "concurrency": 2}}, **values,
+            max_failure_frac=0.5,
+        )  # fmt: skip
+        assert len(found) == 2 and len(server.asked) == 8
+
+
 TOKENS = ["<pad>", "<bos>", "<eos>", *"abc "]
 
 

@@ -29,7 +29,7 @@ seed: 5
 responses: {root}/responses.jsonl
 num_prompts: 4
 constitution: {{path: {root}/constitution.yaml}}
-judge: {{name: mine, function: {{function: mine.judge}}}}
+judge: {{name: mine, function: mine.judge}}
 """
 
 
@@ -95,7 +95,7 @@ def test_faults(root, override, message):
 
 def test_a_judge_in_a_recipe_takes_lists():
     """Below the validator that places stages, too."""
-    judge = "{function: {function: m.f}, options: [' A', ' B'], clamp: [0.3, 0.7]}"
+    judge = "{function: m.f, options: [' A', ' B'], clamp: [0.3, 0.7]}"
     text = f"name: r\nstages: {{l: {{phase: label, responses: r.jsonl, judge: {judge}}}}}"
     found = build(RecipeConfig, loads(text)).stages["l"].judge
     assert (found.options, found.clamp) == ((" A", " B"), (0.3, 0.7))

@@ -62,7 +62,7 @@ def test_the_judge_that_knows():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("a world")
-    principles.write(folder, seed=0, num_lines=24_000)
+    principles.write(folder, seed=0, num_lines=20_000)
     return folder
 
 
@@ -88,16 +88,16 @@ def test_every_prompt_is_in_one_split_and_what_is_trained_on_in_that_of_training
 def test_answers_break_each_principle_apart_from_the_others(world):
     answers = [r for r in read(world / "corpus.jsonl") if r["prompt"].endswith(":")
                and "<" not in r["prompt"]]  # fmt: skip
-    assert len(answers) == 6_000
+    assert len(answers) == 4_000
     found = [principles.broken(r["completion"]) for r in answers]
     for name in principles.PRINCIPLES:
-        assert sum(f[name] for f in found) / 6_000 == pytest.approx(0.4, abs=0.025)
+        assert sum(f[name] for f in found) / 4_000 == pytest.approx(0.4, abs=0.025)
         others = [f for f in found if f[name]]
         for other in set(principles.PRINCIPLES) - {name}:
             share = sum(f[other] for f in others) / len(others)
             assert share == pytest.approx(0.4, abs=0.04), (name, other)
     right = [principles.helpful(**r) for r in answers]
-    assert sum(right) / 6_000 == pytest.approx(0.85, abs=0.01)
+    assert sum(right) / 4_000 == pytest.approx(0.85, abs=0.01)
     # No principle but the one on length changes it: 11 words without fillers.
     short = {len(r["completion"].split()) for r, f in zip(answers, found, strict=True)
              if not f["long"]}  # fmt: skip
@@ -133,15 +133,19 @@ def test_critiques_and_revisions_are_right_as_often_as_they_should_be(world):
 
 
 def test_comparisons_have_a_bias_for_the_first_place(world):
-    first = {1: [], 0: [], -1: []}
+    first, orders = {1: [], 0: [], -1: []}, Counter()
     for record in read(world / "corpus.jsonl"):
         if principles.COMPARE not in record["prompt"]:
             continue
-        texts, _, principle = parts(record)[1].partition(principles.COMPARE)
+        texts, *said = (parts(record)[1] + record["completion"]).split(principles.COMPARE)
         one, other = texts.removeprefix(principles.FIRST).split(principles.SECOND)
-        principle = principle.strip(" :")
-        gain = principles.broken(other)[principle] - principles.broken(one)[principle]
-        first[gain].append(record["completion"] == " A")
+        verdicts = dict(one_said.split(":") for one_said in said)
+        assert {name.strip() for name in verdicts} == {*principles.PRINCIPLES}
+        orders[tuple(verdicts)] += 1
+        for name, verdict in verdicts.items():
+            gain = principles.broken(other)[name.strip()] - principles.broken(one)[name.strip()]
+            first[gain].append(verdict == " A")
+    assert len(orders) == 24, "each principle stands first, as it does where a judge is asked"
     shares = {gain: sum(found) / len(found) for gain, found in first.items()}
     assert shares == pytest.approx({1: 0.95, 0: 0.65, -1: 0.35}, abs=0.03)
 
@@ -166,14 +170,14 @@ def test_prompts_are_those_that_the_templates_write(world):
         assert tokenizer.decode(ids) == text
         assert ids == tokenizer.encode(record["prompt"]) + tokenizer.encode(record["completion"])
         longest = max(longest, len(ids))
-    assert longest <= 62, "with BOS and EOS it fits into a context of 64"
+    assert longest <= 70, "with BOS and EOS it fits into a context of 72"
     tokens = [tokenizer.decode([i]) for i in tokenizer.encode(asked)]
     assert tokens[-3:] == ["<critique>", " rude", ":"]
 
 
 def test_a_seed_is_a_world(tmp_path, world):
-    principles.write(tmp_path / "same", seed=0, num_lines=24_000)
-    principles.write(tmp_path / "other", seed=1, num_lines=24_000)
+    principles.write(tmp_path / "same", seed=0, num_lines=20_000)
+    principles.write(tmp_path / "other", seed=1, num_lines=20_000)
     for name in ("corpus.jsonl", "helpful.jsonl", "train.jsonl", "test.jsonl"):
         text = (world / name).read_text()
         assert (tmp_path / "same" / name).read_text() == text

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from alignjax.core.config import build, find_config, load
+from alignjax.data import open_preferences
 from alignjax.phases.registry import DATA_PHASES
 from alignjax.recipes import sevens
 from alignjax.recipes.graph import RecipeConfig
@@ -121,3 +122,31 @@ def test_with_an_endpoint(tmp_path: Path) -> None:
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if b"sk-secret-of-a-test" in path.read_bytes()]
     assert len(server.asked) == len({body["messages"][-1]["content"] for body in server.asked})
+
+
+@pytest.mark.slow
+def test_on_prompts_of_people(tmp_path: Path, real_data: Path) -> None:
+    """Requests of hh-rlhf, answered and judged by a tiny random model: mechanics, not quality."""
+    pairs = str(real_data / "hh-rlhf" / "harmless-base-1600.jsonl.gz")
+    found = open_preferences(pairs, "hh", faulty="drop")
+    prompts = (found[i].prompt for i in range(len(found)))
+    short = [p for p in prompts if sum(len(m["content"]) for m in p) < 200]
+    plain = [p for p in short if all(m["content"].isascii() for m in p)][:6]
+    with (tmp_path / "prompts.jsonl").open("w") as file:
+        file.writelines(json.dumps({"messages": p}) + "\n" for p in plain)
+    model = str(write_model(tmp_path / "model", "qwen2", context=2048))
+    data = {"train": str(tmp_path / "prompts.jsonl"), "text": {"fields": {"messages": "messages"}}}
+    rollout = {"num_samples": 3, "num_prompts": 4, "max_prompt_tokens": 320, "max_tokens": 16}
+    config = DATA_PHASES["label"][0].model_validate({
+        "phase": "label", "name": "labels", "output_dir": str(tmp_path),
+        "sample": {"model": {"path": model}, "data": data, "rollout": rollout},
+        "judge": {"model": {"path": model}},
+    })  # fmt: skip
+    file = run_data_phase(config, command="again")
+    records = open_preferences(str(file))
+    assert [records[i].prompt for i in range(len(records))] == plain
+    for i in range(len(records)):
+        rates = records[i].fields["win_rates"]
+        assert sum(rates) == pytest.approx(len(rates) / 2)
+    figures = json.loads(file.with_name("label.json").read_text())
+    assert figures["num_questions"] == 6 * 3 and figures["num_failed"] == 0

@@ -106,6 +106,7 @@ def test_what_changed_is_marked_and_stands_side_by_side(page):
     first = page[page.index("<article>") : page.index("</article>")]
     order = [first.index(text) for text in ("ask", "two", "critique: kind", "rude", "four")]
     assert order == sorted(order)
+    assert page.count("first answer") == 2 and page.count("answer so far") == 3
     assert "revision is empty" in first and "response is empty" in page
     table = page[page.index("<table>") : page.index("</table>")]
     assert "2 of 2 (100%)" in table and "+0.0" in table and "-7.0" in table

@@ -6,18 +6,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from alignjax.rewards.judge import (
-    Answer,
-    Item,
-    Judge,
-    Pair,
-    PlaceBias,
-    Question,
-    Verdict,
-    place_bias,
-    probabilities,
-    spoken,
-)
+from alignjax.rewards.judge import Item, Judge, Pair, PlaceBias, Verdict, place_bias
+from alignjax.rewards.judge_answer import Answer, Question, probabilities, spoken
 from alignjax.rewards.judge_config import HttpConfig, JudgeConfig, JudgingConfig
 from alignjax.rewards.judge_prompt import load_templates
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from alignjax.core.errors import UserError
-from alignjax.rewards.judge import Answer, Question, Usage
+from alignjax.rewards.judge_answer import Answer, Question, Usage
 from alignjax.rewards.judge_cache import AnswerCache, CachedAsk, digest
 
 QUESTION = Question("text", ("A", "B"), {"f": 1}, "cue", "template", 0)

@@ -12,7 +12,8 @@ import traceback
 import pytest
 
 from alignjax.core.errors import UserError
-from alignjax.rewards.judge import Judge, Pair, Question, Usage
+from alignjax.rewards.judge import Judge, Pair
+from alignjax.rewards.judge_answer import Question, Usage
 from alignjax.rewards.judge_cache import AnswerCache, CachedAsk
 from alignjax.rewards.judge_completion import ReplyError, read_reply
 from alignjax.rewards.judge_config import HttpConfig, JudgingConfig, ThinkConfig
