@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,13 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}; set ALIGNJAX_DATA to its folder")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Forgets compiled programs once there are many. Each takes several memory maps, of which Linux
+    gives a process 65,530: without this a worker ran out of them near the end, and died."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 10_000:
+        sys.modules["jax"].clear_caches()

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
-    from rich.console import Console
-    from rich.text import Text
-
+    from alignjax.cli.token_view import View
     from alignjax.phases.grpo_config import RlConfig
+    from alignjax.phases.preference_config import PreferenceConfig
+    from alignjax.phases.reward_config import RewardPhaseConfig
     from alignjax.phases.sft import SftConfig
-    from alignjax.text import HFTokenizer
 
 EXAMPLES = """\
 examples:
@@ -24,21 +22,13 @@ examples:
   alignjax inspect configs/recipes/gsm8k_laptop.yaml --stage grpo
 
 For phase sft it prints rows of the batch, document by document: what is trained is coloured, or
-between brackets where there is no colour (NO_COLOR, a pipe). For phases grpo and ppo it prints the
-prompts as the model gets them. No model is loaded. The data of a recipe's stage are there once the
-stages before it have run.
+between brackets where there is no colour (NO_COLOR, a pipe). For phases reward and preference it
+prints comparisons: a prompt, then its responses with their ranks. For phases grpo, ppo and
+online_preference it prints the prompts as the model gets them. No model is loaded. The data of a
+recipe's stage are there once the stages before it have run.
 """
 
-TRAINED, GIVEN, SPECIAL = "bold green", "", "magenta"
-"""Styles; a special token that is trained has both."""
-
-
-class Span(NamedTuple):
-    """Tokens that stand together in a document and are shown alike."""
-
-    text: str
-    is_trained: bool
-    is_special: bool
+SHOWN = ("sft", "reward", "preference", "grpo", "ppo", "online_preference")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rows", type=int, default=4, metavar="N",
-        help="rows or prompts to print; 0 prints the counts alone (default: 4)",
+        help="rows, comparisons or prompts to print; 0 prints the counts alone (default: 4)",
     )  # fmt: skip
     parser.add_argument("--tokens", action="store_true", help="each token by itself, with its id")
 
@@ -65,18 +55,24 @@ def main(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from alignjax.cli.run import check
+    from alignjax.cli.token_view import View
     from alignjax.core.config import find_config, load
-    from alignjax.phases.grpo_config import RlConfig
+    from alignjax.phases.preference_config import PreferenceConfig
+    from alignjax.phases.reward_config import RewardPhaseConfig
     from alignjax.phases.sft import SftConfig
     from alignjax.text import load_tokenizer
 
     config: Any = _stage(check(load(find_config(args.config), args.overrides)), args.stage)
-    if not isinstance(config, SftConfig | RlConfig):
-        raise UserError(f"phase: {config.phase}: inspect shows the data of phase sft, grpo or ppo")
+    if config.phase not in SHOWN:
+        raise UserError(
+            f"phase: {config.phase}: inspect shows the data of the phases {', '.join(SHOWN)}"
+        )
     tokenizer = load_tokenizer(config.tokenizer_source())
     view = View(Console(highlight=False, soft_wrap=True), tokenizer, args.tokens)
     if isinstance(config, SftConfig):
         _show_rows(view, config, args.batch, args.rows)
+    elif isinstance(config, RewardPhaseConfig | PreferenceConfig):
+        _show_comparisons(view, config, args.batch, args.rows)
     else:
         _show_prompts(view, config, args.batch, args.rows)
 
@@ -90,109 +86,13 @@ def _stage(config: Any, name: str | None) -> Any:
         if name is not None:
             raise UserError(f"--stage {name}: this config is one phase, without stages")
         return config
-    there = [key for key, stage in stages.items() if stage.phase in ("sft", "grpo", "ppo")]
+    there = [key for key, stage in stages.items() if stage.phase in SHOWN]
     if name is None and len(there) == 1:
         name = there[0]
     if name not in there:
         came = "this is a recipe" if name is None else f"--stage {name}"
         raise UserError(f"{came}: expected --stage with one of {', '.join(there) or 'none'}")
     return stages[name]
-
-
-class View:
-    """Prints documents of token ids. Text of the data is shown, never obeyed: no escape codes."""
-
-    def __init__(self, console: Console, tokenizer: HFTokenizer, by_token: bool):
-        self._console, self.tokenizer, self._by_token = console, tokenizer, by_token
-        has_colour = console.color_system is not None and not console.no_color
-        can_draw = "utf" in console.encoding.lower()
-        self._brackets = ("", "") if has_colour else ("⟦", "⟧") if can_draw else ("[[", "]]")
-        self._rule, self._return = ("──", "↵") if can_draw else ("--", "\\n")
-
-    def say(self, line: str, style: str | None = None) -> None:
-        self._console.print(self._written(line), style=style, markup=False)
-
-    def head(self, line: str) -> None:
-        self.say(f"{self._rule} {line}", style="cyan")
-
-    def legend(self) -> None:
-        opening, closing = self._brackets
-        how = f"between {opening} and {closing}" if opening else "bold green"
-        self.say(f"What is trained on is {how}.")
-
-    def document(self, ids: np.ndarray, mask: np.ndarray) -> None:
-        """Prints ids [length], of which those in the mask are trained."""
-        from rich.text import Text
-
-        opening, closing = self._brackets
-        shown = Text()
-        spans = list(self._spans(ids.tolist(), mask.tolist()))
-        width = 0
-        for n, span in enumerate(spans):
-            style = _style(span)
-            is_first = n == 0 or not spans[n - 1].is_trained
-            is_last = n + 1 == len(spans) or not spans[n + 1].is_trained
-            if self._by_token:
-                cell = self._written(
-                    f"{opening}{span.text}{closing}" if span.is_trained else span.text
-                )
-                if width and width + len(cell) > self._console.width:
-                    shown.append("\n")
-                    width = 0
-                shown.append(cell, style).append("  ")
-                width += len(cell) + 2
-                continue
-            if span.is_trained and is_first:
-                shown.append(opening, style)
-            self._append(shown, span.text, style)
-            if span.is_trained and is_last:
-                shown.append(closing, style)
-        if shown.plain.endswith("\n"):
-            shown.right_crop(1)
-        self._console.print(shown)
-
-    def _append(self, shown: Text, text: str, style: str) -> None:
-        """A line feed is seen and obeyed; other signs that cannot be seen are only seen."""
-        for n, line in enumerate(text.split("\n")):
-            if n:
-                shown.append(self._return, f"{style} dim".strip()).append("\n")
-            shown.append(self._written("".join(map(_visible, line))), style)
-
-    def _written(self, text: str) -> str:
-        """What the output's encoding cannot express is spelled out."""
-        encoding = self._console.encoding
-        return text.encode(encoding, "backslashreplace").decode(encoding)
-
-    def _spans(self, ids: list[int], mask: list[bool]) -> Iterator[Span]:
-        from alignjax.text import is_special
-
-        def kind(n: int) -> tuple[bool, bool]:
-            return mask[n], is_special(self.tokenizer, ids[n])
-
-        def text(start: int, stop: int) -> str:
-            return self.tokenizer.decode(
-                ids[start:stop], skip_special=False, after=ids[max(0, start - 1) : start]
-            )
-
-        if self._by_token:
-            for n, i in enumerate(ids):
-                yield Span(f"{text(n, n + 1)!r}:{i}", *kind(n))
-            return
-        for alike, run in itertools.groupby(range(len(ids)), kind):
-            places = list(run)
-            yield Span(text(places[0], places[-1] + 1), *alike)
-
-
-def _style(span: Span) -> str:
-    if span.is_special:
-        return f"{SPECIAL} bold reverse" if span.is_trained else SPECIAL
-    return TRAINED if span.is_trained else GIVEN
-
-
-def _visible(character: str) -> str:
-    if character.isprintable():
-        return character
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def _nth(batches: Iterator[Any], n: int) -> Any:
@@ -229,10 +129,9 @@ def _show_rows(view: View, config: SftConfig, number: int, num_rows: int) -> Non
     for n in range(min(num_rows, len(segments))):
         length = int((segments[n] > 0).sum())
         view.say("")
-        count = "1 document" if num_documents[n] == 1 else f"{num_documents[n]} documents"
         view.head(
-            f"row {n + 1}: {count}, {length} tokens, {mask[n].sum()} trained, "
-            f"{segments.shape[1] - length} padding"
+            f"row {n + 1}: {_count(num_documents[n], 'document')}, {length} tokens, "
+            f"{mask[n].sum()} trained, {segments.shape[1] - length} padding"
         )
         for segment in range(1, num_documents[n] + 1):
             places = segments[n] == segment
@@ -270,8 +169,56 @@ def _show_prompts(view: View, config: RlConfig, number: int, num_rows: int) -> N
         view.head(f"reference: {prompt.example.reference!r}; fields: {_fields(prompt.example)}")
 
 
+def _show_comparisons(
+    view: View, config: RewardPhaseConfig | PreferenceConfig, number: int, num_shown: int
+) -> None:
+    import numpy as np
+
+    from alignjax.data import comparison_encoder, comparison_rows
+
+    data = config.data
+    preferences = data.open(data.train)
+    source = config.view(preferences)
+    encode = comparison_encoder(data.text, view.tokenizer)
+    batches = comparison_rows(
+        source, encode,
+        num_prompts=data.num_prompts, num_micro_batches=1, row_len=data.row_len,
+        num_responses=source.num_responses, shared_prompt=data.shared_prompt, packed=data.packed,
+        overlong=data.overlong, seed=config.seed,
+    )  # fmt: skip
+    batch = _nth(batches, number)
+    places = [int(index) for index in batch["index"].ravel() if index >= 0]
+    num_text = (batch["segment_ids"] > 0).sum()
+    num_rows = int((batch["segment_ids"] > 0).any(-1).sum())
+    view.say(
+        f"Batch {number}: {_count(len(places), 'comparison')}, {_count(num_rows, 'row')} of "
+        f"{data.row_len} tokens, "
+        f"{_share(num_text, num_rows * data.row_len, 'text')}"
+    )
+    view.say(
+        f"Of {len(source):,} comparisons of {len(preferences):,} records, {batches.num_dropped:,} "
+        f"dropped so far as too long; {source.num_left_out:,} records say nothing of the kind, "
+        f"{preferences.num_faulty:,} are faulty"
+    )
+    view.legend()
+    for n, place in enumerate(places[:num_shown], start=1):
+        element = encode(source[place])
+        view.say("")
+        view.head(f"comparison {n}: {source.where(place)}")
+        view.head(f"prompt: {len(element.prompt)} tokens")
+        view.document(element.prompt, np.zeros(len(element.prompt), bool))
+        for ids, rank in zip(element.completions, element.ranks, strict=True):
+            label = {None: f"rank {rank}", True: "good", False: "bad"}[element.label]
+            view.head(f"{label}: {len(ids)} tokens")
+            view.document(ids, np.ones(len(ids), bool))
+
+
 def _fields(example: Any) -> str:
     return ", ".join(example.fields) or "none"
+
+
+def _count(num: int, what: str) -> str:
+    return f"{num} {what}{'' if num == 1 else 's'}"
 
 
 def _share(part: Any, whole: Any, what: str) -> str:

@@ -15,6 +15,7 @@ from alignjax.core.types import Params
 from alignjax.data import Element
 from alignjax.data.comparison_rows import pack_elements
 from alignjax.data.elements import mismatched
+from alignjax.generate import SequenceLogps, make_sequence_logps
 from alignjax.phases.common import Policy, rows_per_process
 from alignjax.phases.online_preference_config import OnlineConfig
 from alignjax.phases.preference_loss import ARRAYS, K, Scorer
@@ -33,7 +34,7 @@ class OnlinePreference:
 
     shown = (
         "reward", "reward_margin", "rewards/accuracies", "completions/mean_length",
-        "eval/sampled/reward", "eval/sampled/mean_length",
+        "eval/sampled/reward", "eval/sampled/kl", "eval/sampled/mean_length",
     )  # fmt: skip
     """The metrics that a terminal shows."""
 
@@ -50,6 +51,7 @@ class OnlinePreference:
             config, self._policy, self._optimizer, mesh, shared_prompt=config.data.shared_prompt
         )
         self._reference: tuple[Scorer, Params] | None = None
+        self._ref_logps: SequenceLogps | None = None
 
     def init(self, key: Array) -> TrainState:
         params = self._policy.init(key)
@@ -57,6 +59,12 @@ class OnlinePreference:
             scorer, weights = self._learner.reference(params)
             # The step is going to be given the others.
             self._reference = scorer, copied(weights) if weights is params else weights
+            rollout = self._config.rollout
+            self._ref_logps = make_sequence_logps(
+                scorer.model, self._mesh,
+                row_len=rollout.max_prompt_tokens + rollout.max_tokens,
+                temperature=rollout.temperature,
+            )  # fmt: skip
         return create_state(
             params, self._optimizer.transform, key, extra=self._learner.first_extra()
         )
@@ -126,15 +134,22 @@ class OnlinePreference:
         return []
 
     def evaluate(self, state: TrainState) -> Evaluated:
-        """Rewards, their parts and lengths on held-out prompts, sampled and greedy."""
+        """Rewards, their parts and lengths on held-out prompts, sampled and greedy, and the KL of
+        what was sampled from the reference."""
         prompts = self._sampler.held_out_prompts()
         if not prompts:
             return Evaluated({})
         key = named_key(state.key, "eval", int(state.step))
         whole = self._policy.whole(state.params)
-        metrics, shown, _ = evaluate(
+        metrics, shown, rollouts = evaluate(
             self._config, self._sampler.sampling, lambda s: self._sampler(whole, prompts, key, s)
         )
+        if "sampled" in rollouts and self._reference is not None and self._ref_logps is not None:
+            found = rollouts["sampled"]
+            out, weights = found.completions, self._reference[1]
+            own = out.logps.sum(1, dtype=np.float64)
+            ref = self._ref_logps(weights, found.token_ids(), out.lengths)
+            metrics["eval/sampled/kl"] = float(np.mean(own - ref))
         return Evaluated(metrics, shown)
 
     def export(self, state: TrainState, path: Path) -> None:

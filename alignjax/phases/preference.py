@@ -14,13 +14,9 @@ from alignjax.core.intervals import clustered_interval
 from alignjax.core.types import Params, Weighted
 from alignjax.data import (
     Element,
-    Preferences,
     RecordIterator,
     Source,
-    View,
     comparison_encoder,
-    pairs,
-    unpaired,
 )
 from alignjax.data.mismatches import Mismatched, mismatch_encoder
 from alignjax.phases.common import Policy
@@ -59,19 +55,13 @@ class Preference:
         self._progress = Progress(title=config.name)
         specs = {"train": config.data.train, "eval": config.data.eval}
         preferences = {k: config.data.open(spec) for k, spec in specs.items() if spec is not None}
-        views = {split: self._view(found) for split, found in preferences.items()}
+        views = {split: config.view(found) for split, found in preferences.items()}
         self._num_faulty = preferences["train"].num_faulty
         self._num_left_out = views["train"].num_left_out
         self._sources: dict[str, Source] = {**views}
         if self._learner.objective.is_unpaired:
             self._sources = {split: Mismatched(view) for split, view in views.items()}
         self._ref: dict[str, np.ndarray] = {}
-
-    def _view(self, preferences: Preferences) -> View:
-        if self._learner.objective.is_unpaired:
-            return unpaired(preferences)
-        data = self._config.data
-        return pairs(preferences, data.pairs, margin=data.prob_field)
 
     def _rows(self, split: str, **order: Any) -> RecordIterator[dict[str, np.ndarray]]:
         data, context = self._config.data, self._policy.model.config.max_position_embeddings

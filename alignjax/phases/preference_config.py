@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from alignjax import losses
 from alignjax.core.errors import KeyedError
+from alignjax.data import Preferences, View, pairs, unpaired
 from alignjax.phases.common import PhaseConfig
 from alignjax.phases.comparisons import ComparisonData
 from alignjax.phases.grpo_config import keyword_defaults
@@ -239,3 +240,9 @@ class PreferenceConfig(ObjectiveConfig):
                 "update; use at least 2"
             )
         return self
+
+    def view(self, preferences: Preferences) -> View:
+        """What is learned from."""
+        if self.objective.is_unpaired:
+            return unpaired(preferences)
+        return pairs(preferences, self.data.pairs, margin=self.data.prob_field)

@@ -21,7 +21,6 @@ from alignjax.data import (
     all_responses,
     branch_segments,
     open_preferences,
-    pairs,
     rankings,
 )
 from alignjax.models import ScalarModel
@@ -77,11 +76,7 @@ class Reward:
         self._reward = RewardModel(config, mesh)
         data, objective = config.data, config.objective
         train = data.open(data.train)
-        self._train = (
-            rankings(train)
-            if data.pairs is None
-            else pairs(train, data.pairs, margin=data.margin, margin_scale=data.margin_scale)
-        )
+        self._train = config.view(train)
         if OBJECTIVES[objective.name].of_pairs and self._train.num_responses > 2:
             raise UserError(
                 f"objective.name={objective.name!r} takes two responses, but there are up to "

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from alignjax import losses
 from alignjax.core.config import Config
-from alignjax.data import LAYOUTS
+from alignjax.data import LAYOUTS, Preferences, View, pairs, rankings
 from alignjax.phases.common import PhaseConfig
 from alignjax.phases.comparisons import ComparisonData
 
@@ -130,6 +130,13 @@ class RewardPhaseConfig(PhaseConfig):
         if is_used and self.data.pairs is None:
             raise ValueError('margins are of pairs: set data.pairs to "all" or "best_worst"')
         return self
+
+    def view(self, preferences: Preferences) -> View:
+        """What is learned from."""
+        data = self.data
+        if data.pairs is None:
+            return rankings(preferences)
+        return pairs(preferences, data.pairs, margin=data.margin, margin_scale=data.margin_scale)
 
     @model_validator(mode="after")
     def _drops_nothing(self) -> Self:

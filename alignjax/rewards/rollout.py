@@ -63,6 +63,14 @@ class Rollouts:
         prompts = group * sum(len(task.tokens) for task in self.tasks)
         return prompts + int(self.completions.lengths.sum())
 
+    def token_ids(self) -> list[np.ndarray]:
+        """[length] int32 of each sample: its prompt, and what was sampled after it."""
+        out, group = self.completions, len(self.samples) // len(self.tasks)
+        return [
+            np.concatenate([self.tasks[i // group].tokens, ids[:length]]).astype(np.int32)
+            for i, (ids, length) in enumerate(zip(out.tokens, out.lengths, strict=True))
+        ]
+
     def part(self, name: str) -> np.ndarray:
         """[N, G] float32; one part of the reward, such as accuracy; nan where it is missing."""
         values = [score.parts.get(name, np.nan) for score in self.scores]

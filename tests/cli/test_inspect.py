@@ -219,3 +219,57 @@ def test_it_starts_no_device(config, capsys):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "devices: 0", done.stderr
+
+
+@pytest.fixture
+def rankings(config, tmp_path):
+    """Three prompts with three responses each, in a config of phase reward."""
+    records = [
+        {"prompt": f"{n}?", "responses": [f"a{n}", f"bb{n}", f"c{n}"], "ranks": [2, 1, 2]}
+        for n in range(3)
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "rankings.jsonl").write_text(lines)
+    path = tmp_path / "reward.yaml"
+    path.write_text(f"""
+phase: reward
+name: x
+model: {{path: {tmp_path}/model}}
+data: {{train: {tmp_path}/rankings.jsonl, row_len: 64, num_prompts: 3}}
+optimizer: {{learning_rate: 1e-3}}
+loop: {{steps: 1}}
+""")
+    return str(path)
+
+
+def test_rankings_with_the_rank_of_each_response(rankings, tmp_path, capsys):
+    out = shown(capsys, rankings)
+    # BOS and 2 characters; responses of 2, 3 and 2, with EOS and the last token of the prompt
+    # before each: 2 + 4 + 5 + 4.
+    assert out.startswith(
+        "Batch 1: 3 comparisons, 1 row of 64 tokens, 45 tokens (70.3%) text\n"
+        "Of 3 comparisons of 3 records, 0 dropped so far as too long; 0 records say nothing of the "
+        "kind, 0 are faulty\n"
+    )
+    order = re.findall(r"rankings\.jsonl:(\d)", out)
+    assert sorted(order) == ["1", "2", "3"]
+    for n, line in enumerate(order, start=1):
+        i = int(line) - 1
+        expected = (
+            f"── comparison {n}: {tmp_path}/rankings.jsonl:{line}\n── prompt: 3 tokens\n<bos>{i}?\n"
+            f"── rank 2: 3 tokens\n⟦a{i}<eos>⟧\n── rank 1: 4 tokens\n⟦bb{i}<eos>⟧\n"
+            f"── rank 2: 3 tokens\n⟦c{i}<eos>⟧\n"
+        )
+        assert expected in out
+
+
+def test_pairs_and_labels_of_the_preference_phase(rankings, capsys):
+    words = ["phase=preference", "data.num_prompts=2", "data.row_len=20"]
+    pairs = shown(capsys, rankings, *words, "--rows", "1")
+    # Ties are no pair: each record has two.
+    assert "2 comparisons, 2 rows of 20 tokens, 22 tokens (55.0%) text" in pairs
+    assert "Of 6 comparisons of 3 records" in pairs and "comparison 2" not in pairs
+    assert re.search(r"rank 1: 4 tokens\n⟦bb\d<eos>⟧\n── rank 2: 3 tokens\n⟦[ac]\d<eos>⟧\n$", pairs)
+    single = shown(capsys, rankings, *words, "losses={kto: {}}", "--rows", "9", "--batch", "2")
+    assert re.search(r"── (good: 4 tokens\n⟦bb|bad: 3 tokens\n⟦[ac])\d<eos>⟧", single)
+    assert "rank" not in single.split("What is trained")[1].replace("rankings", "")

@@ -31,7 +31,7 @@ def run(path, folder):
         resources={"metadata": {"path": str(folder)}},
         timeout=300,
         startup_timeout=120,
-    ).execute()
+    ).execute(cleanup_kc=True)  # Not by itself, as the manager is ours.
     return notebook
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
 from alignjax.recipes import chains
 from alignjax.sharding import MeshConfig, make_mesh
+from tests.phases.compiled import compilations
 
 
 @pytest.fixture(scope="module")
@@ -95,22 +95,6 @@ def test_it_learns_to_say_seven(make):
     assert before["eval/sampled/reward"] < 0.15 and seen[0][0].metrics["reward"] < 0.15
     assert after["eval/sampled/reward"] > 0.6
     assert after["eval/greedy/reward"] > 0.9
-
-
-@contextmanager
-def compilations():
-    """Names of what is compiled, or fetched from the cache on disk, meanwhile."""
-    names = []
-
-    def listen(event, seconds, **more):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(more.get("fun_name", "?"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])

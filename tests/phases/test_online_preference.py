@@ -14,6 +14,7 @@ from alignjax.recipes import chains
 from alignjax.rewards.rollout import Rollouts, Task
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.train.checkpoint import Checkpointer
+from tests.phases.compiled import compilations
 from tests.phases.preferences import MODEL, assert_same, run
 
 
@@ -95,26 +96,50 @@ def test_the_best_and_the_worst_of_each_prompt():
     ]  # fmt: skip
 
 
-def test_it_learns_to_be_rewarded(world):
-    phase = make(world, {"dpo": {"beta": 0.1}})
+def keep_rollouts(phase):
+    """A list that grows with everything that the phase samples."""
+    kept, sampler = [], phase._sampler
+    phase._sampler = type("Kept", (), {
+        "__call__": lambda self, *args: kept.append(sampler(*args)) or kept[-1],
+        "__getattr__": lambda self, name: getattr(sampler, name),
+    })()  # fmt: skip
+    return kept
+
+
+def test_it_learns_to_be_rewarded_at_a_kl_that_is_measured(world):
+    phase = make(world, {"dpo": {"beta": 0.1}}, rollout={"temperature": 0.8})
     state = phase.init(jax.random.PRNGKey(0))
-    before = phase.evaluate(state).metrics["eval/sampled/reward"]
-    state, seen = run(phase, 25)
-    after = phase.evaluate(state).metrics["eval/sampled/reward"]
-    assert after > before + 0.25
+    first = jax.device_get(state.params)
+    before = phase.evaluate(state).metrics
+    state, seen = run(phase, 25, state, phase.records())
+    kept = keep_rollouts(phase)
+    with compilations() as names:
+        after = phase.evaluate(state).metrics
+    assert names == []
+    assert after["eval/sampled/reward"] > before["eval/sampled/reward"] + 0.25
     assert seen[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert before["eval/sampled/kl"] == pytest.approx(0, abs=1e-4)
+    # By all logits of each sample by itself.
+    (found,), model, ratios = kept, phase._policy.model, []
+    for i, ids in enumerate(found.completions.tokens):
+        prompt, num = found.tasks[i // 4].tokens, found.completions.lengths[i]
+        whole = np.concatenate([prompt, ids[:num]])[None].astype(np.int32)
+        both = []
+        for params in (state.params, first):
+            hidden, _ = model.apply(params, whole, np.ones_like(whole), np.arange(whole.size)[None])
+            logits = (hidden[0] @ model.unembedding(params)) / 0.8
+            logps = jax.nn.log_softmax(logits)
+            both.append(logps[np.arange(len(prompt) - 1, whole.size - 1), whole[0, -num:]].sum())
+        ratios.append(both[0] - both[1])
+    assert after["eval/sampled/kl"] == pytest.approx(np.mean(ratios), rel=1e-3)
+    assert after["eval/sampled/kl"] > 1
 
 
 def test_rows_hold_what_was_sampled(world):
     """Log-probs that were recorded while sampling are those of the rows, stop token included."""
     phase = make(world)
     state, records = phase.init(jax.random.PRNGKey(0)), phase.records()
-    kept = []
-    sampler = phase._sampler
-    phase._sampler = type("Kept", (), {
-        "__call__": lambda self, *args: kept.append(sampler(*args)) or kept[-1],
-        "__getattr__": lambda self, name: getattr(sampler, name),
-    })()  # fmt: skip
+    kept = keep_rollouts(phase)
     state, collected = phase.collect(state, records)
     (batch,) = collected.batches
     micro = {name: x[0] for name, x in batch.items()}

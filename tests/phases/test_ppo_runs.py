@@ -1,6 +1,5 @@
 """PPO with its real sampler: it learns, and what must not change it does not."""
 
-import contextlib
 import json
 import math
 
@@ -26,6 +25,7 @@ from alignjax.recipes import chains
 from alignjax.recipes.stage import digests, export_checkpoint, run_phase
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.text import load_tokenizer
+from tests.phases.compiled import compilations
 
 SHAPE = {
     "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32,
@@ -140,22 +140,6 @@ def test_it_learns_to_say_seven(make, trunk):
     assert after["eval/best_of_n/reward"] == before["eval/best_of_n/reward"]
     assert seen[0][0].metrics["val/explained_variance"] <= 0.0, "zeros explain nothing"
     assert max(c.metrics["val/explained_variance"] for c, _ in seen) > 0.05
-
-
-@contextlib.contextmanager
-def compilations():
-    """Names of what is compiled, or fetched from the cache on disk, meanwhile."""
-    names = []
-
-    def listen(event, seconds, **more):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(more.get("fun_name", "?"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
