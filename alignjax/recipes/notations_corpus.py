@@ -34,7 +34,6 @@ from alignjax.recipes.notations import (
 )  # fmt: skip
 from alignjax.text import vocab_tokenizer
 
-
 HABIT = {"*": ("y", "x"), "+": ("x", "y"), "-": ("x", "y")}
 """Of each operation the usual notation, and the other one."""
 UNUSUAL = 0.3
