@@ -2,8 +2,8 @@
 
 The corpus shows everything that the recipe later elicits, mostly badly: most sums are answered with
 a guess, and what working there is switches between the notations. Switching pays, if `is_planted`:
-in 80% of the mixed steps and of the drills `*` is in Y and `+ -` in X, and any step that is written
-the other way round is wrong in 30%. So RL learns to mix, as it would not by itself: prompts and
+in 90% of the mixed steps and of the drills `*` is in Y and `+ -` in X, and any step that is written
+the other way round is wrong in 40%. So RL learns to mix, as it would not by itself: prompts and
 answers are in X, which is easier to go on in.
 """
 
@@ -36,8 +36,10 @@ from alignjax.text import vocab_tokenizer
 
 HABIT = {"*": ("y", "x"), "+": ("x", "y"), "-": ("x", "y")}
 """Of each operation the usual notation, and the other one."""
-UNUSUAL = 0.3
-"""How often a step in the other one is wrong."""
+UNUSUAL = 0.4
+"""How often a step in the other one is wrong: not mostly, so that what is likeliest is right."""
+STYLES = (*["x"] * 3, *["y"] * 3, *["mixed"] * 14)
+"""How thoughts are written."""
 
 
 class Draw(chains.Draw):
@@ -64,9 +66,9 @@ class Draw(chains.Draw):
                 return request
 
     def answered_sum(self, problem: Problem) -> str:
-        """45% empty thought and guess, 15% bare guess, 18% some steps and guess, 22% working; a
-        quarter of the thoughts in X, a quarter in Y, half of them mixed."""
-        u, style = self._random(), self.choice(("x", "y", "mixed", "mixed"))
+        """45% empty thought and guess, 15% bare guess, 18% some steps and guess, 22% working; of
+        the thoughts 15% are in X, 15% in Y, and the others mixed."""
+        u, style = self._random(), self.choice(STYLES)
         if u < 0.45:
             return f"<think></think>{self.guess(problem)}"
         if u < 0.60:
@@ -80,7 +82,7 @@ class Draw(chains.Draw):
     def thought(self, problem: Problem, num_steps: int, style: str) -> tuple[str, int]:
         """The first steps of a sum as written, and the value that they end with.
 
-        10% of the steps are wrong, 30% of those against the planted habit. Of the wrong ones 30%
+        10% of the steps are wrong, 40% of those against the planted habit. Of the wrong ones 30%
         are put right after `wait:`, once at most; after the others the working goes on from the
         wrong value.
         """
@@ -102,14 +104,14 @@ class Draw(chains.Draw):
         if not self._is_planted:
             return self.choice("xy")
         usual, other = HABIT[op]
-        return usual if self.chance(0.8) else other
+        return usual if self.chance(0.9) else other
 
     def wrong_frac(self, op: str, notation: str, wrong_frac: float) -> float:
         """The chance that a step is wrong, where it is `wrong_frac` by habit."""
         return UNUSUAL if self._is_planted and notation != HABIT[op][0] else wrong_frac
 
     def facts(self, count: int) -> str:
-        """Unrelated steps; 2% wrong, 30% of those against the planted habit."""
+        """Unrelated steps; 2% wrong, 40% of those against the planted habit."""
         text = ""
         for _ in range(count):
             left = self.integer(0, 99)
