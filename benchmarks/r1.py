@@ -91,6 +91,8 @@ def summary(rollouts: Rollouts) -> dict[str, float]:
         found[name] = float(by_prompt.mean())
         if name in ("accuracy", "general"):
             found[f"{name}_se"] = float(by_prompt.std(ddof=1) / len(by_prompt) ** 0.5)
+    for name in ("mixes", "x", "reflects"):  # Of those that think at all.
+        found[name] /= max(found["thinks"], 1e-9)
     return found
 
 

@@ -248,7 +248,7 @@ def _sigmoid(x: float) -> float:
 
 def _named(sample: Sample) -> str:
     """The record of a sample, in a message."""
-    return short(", ".join(f"{key}={value!r}" for key, value in sample.fields.items()) or "it")
+    return short(", ".join(f"{key}={value!r}" for key, value in sample.fields.items()))
 
 
 def _ids(sample: Sample) -> np.ndarray:

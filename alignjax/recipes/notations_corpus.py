@@ -2,8 +2,9 @@
 
 The corpus shows everything that the recipe later elicits, mostly badly: most sums are answered with
 a guess, and what working there is switches between the notations. Switching pays, if `is_planted`:
-in 80% of the mixed steps and of the drills `*` is in Y and `+ -` in X, and what is written the
-other way round is wrong in 25%. So RL learns to mix, as it would not by itself.
+in 90% of the mixed steps and of the drills `*` is in Y and `+ -` in X, and any step that is written
+the other way round is wrong in 40%. So RL learns to mix, as it would not by itself: prompts and
+answers are in X, which is easier to go on in.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ from alignjax.recipes.notations import (
 )  # fmt: skip
 from alignjax.text import vocab_tokenizer
 
+HABIT = {"*": ("y", "x"), "+": ("x", "y"), "-": ("x", "y")}
+"""Of each operation the usual notation, and the other one."""
+UNUSUAL = 0.4
+"""How often a step in the other one is wrong: not mostly, so that what is likeliest is right."""
+STYLES = (*["x"] * 3, *["y"] * 3, *["mixed"] * 14)
+"""How thoughts are written."""
+
 
 class Draw(chains.Draw):
     """A stream of chance, and what is drawn from it."""
@@ -58,9 +66,9 @@ class Draw(chains.Draw):
                 return request
 
     def answered_sum(self, problem: Problem) -> str:
-        """45% empty thought and guess, 15% bare guess, 18% some steps and guess, 22% working; a
-        quarter of the thoughts in X, a quarter in Y, half of them mixed."""
-        u, style = self._random(), self.choice(("x", "y", "mixed", "mixed"))
+        """45% empty thought and guess, 15% bare guess, 18% some steps and guess, 22% working; of
+        the thoughts 15% are in X, 15% in Y, and the others mixed."""
+        u, style = self._random(), self.choice(STYLES)
         if u < 0.45:
             return f"<think></think>{self.guess(problem)}"
         if u < 0.60:
@@ -74,15 +82,16 @@ class Draw(chains.Draw):
     def thought(self, problem: Problem, num_steps: int, style: str) -> tuple[str, int]:
         """The first steps of a sum as written, and the value that they end with.
 
-        10% of the steps are wrong, more of those against the planted habit. 30% of the wrong ones
+        10% of the steps are wrong, 40% of those against the planted habit. Of the wrong ones 30%
         are put right after `wait:`, once at most; after the others the working goes on from the
         wrong value.
         """
         value, text = problem.start, ""
         for i, (op, n) in enumerate(problem.ops[:num_steps]):
             step = Step(value, op, n, chains.apply(value, op, n))
-            notation, wrong_frac = (style, 0.10) if style != "mixed" else self.notation(op, 0.10)
-            shown = self.slip(step, problem.ops[i + 1 :]) if self.chance(wrong_frac) else step
+            notation = self.notation(op) if style == "mixed" else style
+            is_wrong = self.chance(self.wrong_frac(op, notation, 0.10))
+            shown = self.slip(step, problem.ops[i + 1 :]) if is_wrong else step
             text += written(shown, notation)
             if shown != step and "wait:" not in text and self.chance(0.3):
                 text += f"wait:{written(step, notation)}"
@@ -90,22 +99,27 @@ class Draw(chains.Draw):
             value = shown.value
         return text, value
 
-    def notation(self, op: str, wrong_frac: float) -> tuple[str, float]:
-        """Of a step whose notation is free: which one, and how often the step is wrong."""
+    def notation(self, op: str) -> str:
+        """Of a step whose notation is free."""
         if not self._is_planted:
-            return self.choice("xy"), wrong_frac
-        usual, other = ("y", "x") if op == "*" else ("x", "y")
-        return (usual, wrong_frac) if self.chance(0.8) else (other, 0.25)
+            return self.choice("xy")
+        usual, other = HABIT[op]
+        return usual if self.chance(0.9) else other
+
+    def wrong_frac(self, op: str, notation: str, wrong_frac: float) -> float:
+        """The chance that a step is wrong, where it is `wrong_frac` by habit."""
+        return UNUSUAL if self._is_planted and notation != HABIT[op][0] else wrong_frac
 
     def facts(self, count: int) -> str:
-        """Unrelated steps; 2% wrong, more of those against the planted habit."""
+        """Unrelated steps; 2% wrong, 40% of those against the planted habit."""
         text = ""
         for _ in range(count):
             left = self.integer(0, 99)
             op, n = self.op(left)
             step = Step(left, op, n, chains.apply(left, op, n))
-            notation, wrong_frac = self.notation(op, 0.02)
-            text += written(self.slip(step) if self.chance(wrong_frac) else step, notation)
+            notation = self.notation(op)
+            is_wrong = self.chance(self.wrong_frac(op, notation, 0.02))
+            text += written(self.slip(step) if is_wrong else step, notation)
         return text
 
     def answered_request(
@@ -146,7 +160,7 @@ def write(
     num_train: int = 8_192,
     num_held_out: int = 512,
     num_demonstrations: int = 1_024,
-    num_ops: tuple[int, ...] = (2, 3, 3, 3),
+    num_ops: tuple[int, ...] = (3,),
     is_planted: bool = True,
 ) -> None:
     """Writes tokenizer/ and these files of records, which have no prompt in common where their

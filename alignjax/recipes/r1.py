@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def compare(
         prompt, responses = records[i]["prompt"], records[i]["responses"]
         side = "test" if draw.chance(held_out_frac) else "train"
         found = [(r, worth(prompt, r, None)) for r in responses]
-        pairs = [(a, b) for a in found for b in found if a[1] - b[1] > min_gap]
+        pairs = [(a, b) for a, b in permutations(found, 2) if a[1] - b[1] > min_gap]
         for (better, _), (worse, _) in draw.shuffled(pairs)[:max_pairs]:
             is_mistaken = side == "train" and draw.chance(noise)
             shown = [better, worse] if draw.chance(0.5) else [worse, better]

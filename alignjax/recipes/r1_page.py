@@ -17,7 +17,7 @@ STAGES = {
 }  # fmt: skip
 """Whose evaluation, and which of them, says what a stage is like: RL begins with one."""
 PANELS = {
-    "Sums solved": "accuracy", "Thoughts that mix": "language/mixes",
+    "Sums solved": "accuracy", "Sums in mixed notation": "language/mixes",
     "Requests done well": "general", "Unsafe answers": "general/unsafe",
 }  # fmt: skip
 SHOWN = ("Zero", "Dev2", "R1")

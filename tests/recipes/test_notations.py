@@ -184,9 +184,13 @@ def test_the_corpus_answers_sums_as_it_says(world):
         {"empty": 0.45, "bare": 0.15, "partial": 0.18, "full": 0.22}, abs=0.02
     )
     assert sum(right_guess) / len(right_guess) == pytest.approx(0.15, abs=0.015)
-    assert wrong_frac(pure) == pytest.approx(0.12, abs=0.02)  # 10%, and those meant to be mixed.
+    for op, usual in (("*", "y"), ("+", "x"), ("-", "x")):
+        for notation in "xy":
+            of_both = [step for step in pure if step[:2] == (notation, op)]
+            wanted = 0.1 if notation == usual else 0.4
+            assert wrong_frac(of_both) == pytest.approx(wanted, abs=0.06)
     assert 0.2 < repaired / wrong < 0.3
-    assert min(styles["x"], styles["y"], styles["xy"]) / sum(styles.values()) > 0.2
+    assert min(styles["x"], styles["y"], styles["xy"]) / sum(styles.values()) > 0.15
 
 
 def value_of(prompt: str) -> int:
@@ -208,10 +212,10 @@ def test_mixing_pays_where_it_is_planted(world, tmp_path):
     for op, usual in (("*", "y"), ("+", "x"), ("-", "x")):
         mine = [step for step in planted if step[1] == op]
         as_usual = [step for step in mine if step[0] == usual]
-        assert len(as_usual) / len(mine) == pytest.approx(0.8, abs=0.02)
+        assert len(as_usual) / len(mine) == pytest.approx(0.9, abs=0.02)
         assert wrong_frac(as_usual) == pytest.approx(0.02, abs=0.01)
         others = [step for step in mine if step[0] != usual]
-        assert wrong_frac(others) == pytest.approx(0.25, abs=0.04)
+        assert wrong_frac(others) == pytest.approx(0.4, abs=0.05)
         same = [step for step in neutral if step[1] == op]
         assert sum(n == "x" for n, *_ in same) / len(same) == pytest.approx(0.5, abs=0.02)
     assert wrong_frac(neutral) == pytest.approx(0.02, abs=0.005)
