@@ -75,7 +75,7 @@ def test_every_task_that_ships_says_what_it_is(name):
 
 def test_gsm8k_of_a_run(root, capsys):
     """Right of the two whose answer is 3; what follows the answer is not read."""
-    words = [f"data={root}/gsm8k.jsonl", "max_prompt_tokens=1500", *SMALL]
+    words = [f"data={root}/gsm8k.jsonl", "max_prompt_tokens=1900", *SMALL]
     assert evaluate(root, "run", "gsm8k", *words) == 0
     out = capsys.readouterr().out
     figures = read(root / "run/eval/gsm8k")
@@ -240,7 +240,7 @@ def test_real_problems(real_data, root, tmp_path):
     lines = data.read_text(encoding="utf-8").splitlines()[:40]
     plain = [x for x in lines if json.loads(x)["question"].isascii()][:5]
     (tmp_path / "few.jsonl").write_text("\n".join(plain) + "\n")
-    words = [f"data={tmp_path}/few.jsonl", "max_prompt_tokens=1500", *SMALL]
+    words = [f"data={tmp_path}/few.jsonl", "max_prompt_tokens=1900", *SMALL]
     assert evaluate(root, "three", "gsm8k", *words, "--out", str(tmp_path)) == 0
     samples = read(tmp_path, "eval_samples.jsonl")
     expected = [float(json.loads(x)["answer"].endswith("#### 3")) for x in plain]
