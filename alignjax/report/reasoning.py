@@ -80,7 +80,7 @@ def reasoning_picture(
     style.save(picture, path)
 
 
-_PLACES = {2: ((0.065, 0.355), (0.56, 0.325)), 3: ((0.055, 0.2), (0.385, 0.2), (0.715, 0.18))}
+_PLACES = {2: ((0.065, 0.355), (0.56, 0.325)), 3: ((0.055, 0.19), (0.385, 0.19), (0.715, 0.165))}
 """Left end and width of each panel, beside which its lines are named; shares of the width."""
 
 
@@ -113,8 +113,8 @@ def _reflections(axes: Axes, think: Curve, control: Curve | None) -> None:
     ends = [_line(axes, think.steps, think.reflects, "thinking", style.ORANGE)]
     if control is not None and len(control.reflects):
         ends.append(_line(axes, control.steps, control.reflects, "no thinking", style.GREY))
-    axes.set_ylim(0, max(0.1, 1.12 * max(y for line in axes.lines for y in line.get_ydata())))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylim(0, max(0.02, 1.12 * max(y for line in axes.lines for y in line.get_ydata())))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _finish(axes, [(x, y, f"{text} {y:.1%}", colour) for x, y, text, colour in ends])
 
 

@@ -75,7 +75,7 @@ def test_every_task_that_ships_says_what_it_is(name):
 
 def test_gsm8k_of_a_run(root, capsys):
     """Right of the two whose answer is 3; what follows the answer is not read."""
-    words = [f"data={root}/gsm8k.jsonl", "max_prompt_tokens=1500", *SMALL]
+    words = [f"data={root}/gsm8k.jsonl", "max_prompt_tokens=1900", *SMALL]
     assert evaluate(root, "run", "gsm8k", *words) == 0
     out = capsys.readouterr().out
     figures = read(root / "run/eval/gsm8k")
@@ -96,12 +96,12 @@ def test_gsm8k_of_a_run(root, capsys):
 
 
 def test_sampled_and_compared(root, tmp_path, capsys):
-    words = [f"data={root}/gsm8k.jsonl", "num_samples=16", "temperature=1.0", *SHORT]
+    words = [f"data={root}/gsm8k.jsonl", "num_samples=8", "temperature=1.0", *SHORT]
     for model in ("three", "other"):
         assert evaluate(root, model, "gsm8k", *words, "--out", str(tmp_path / model)) == 0
     three, other = (read(tmp_path / model) for model in ("three", "other"))
-    assert three["pass@1"]["mean"] == three["maj@16"]["mean"] == pytest.approx(2 / 3)
-    assert 0.15 < other["pass@1"]["mean"] < 0.52  # A half of two thirds.
+    assert three["pass@1"]["mean"] == three["maj@8"]["mean"] == pytest.approx(2 / 3)
+    assert 0.1 < other["pass@1"]["mean"] < 0.57  # About a half of two thirds.
     capsys.readouterr()
     paths = [str(tmp_path / "three" / "eval.json"), str(tmp_path / "other")]
     assert main(["compare", *paths, "--out", str(tmp_path / "paired")]) == 0
@@ -121,7 +121,7 @@ def test_sampled_and_compared(root, tmp_path, capsys):
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "greedy"), paths[1]]) == 2
     err = capsys.readouterr().err
-    assert "sampling.num_samples: 1 -> 16" in err and "sampling.temperature: 0.0 -> 1.0" in err
+    assert "sampling.num_samples: 1 -> 8" in err and "sampling.temperature: 0.0 -> 1.0" in err
 
 
 @pytest.mark.slow  # its workers import sympy
@@ -137,13 +137,13 @@ def test_math(root, tmp_path, capsys):
 
 
 def test_arithmetic_of_made_problems(root, tmp_path, capsys):
-    words = ["data.count=30", "data.largest=4", "data.num_terms=[2]", "data.operators=['+']"]
+    words = ["data.count=20", "data.largest=3", "data.num_terms=[2]", "data.operators=['+']"]
     assert evaluate(root, "three", "arithmetic", *words, *SHORT) == 2
-    assert "found 25 different problems" in capsys.readouterr().err
-    words[0] = "data.count=25"
+    assert "found 16 different problems" in capsys.readouterr().err
+    words[0] = "data.count=16"
     assert evaluate(root, "three", "arithmetic", *words, *SHORT, "--out", str(tmp_path)) == 0
-    # Of the 25 sums of two numbers from 0 to 4 there are 4 that give 3.
-    assert read(tmp_path)["pass@1"]["mean"] == pytest.approx(4 / 25)
+    # Of the 16 sums of two numbers from 0 to 3 there are 4 that give 3.
+    assert read(tmp_path)["pass@1"]["mean"] == pytest.approx(4 / 16)
 
 
 def test_mcq(root, tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_preference(root, tmp_path, capsys):
 
 def test_a_task_of_ones_own(root, tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text(
-        "data: {generate: arithmetic, count: 25}\n"
+        "data: {generate: arithmetic, count: 16, largest: 3}\n"
         "text: {fields: {prompt: '{expression} =', reference: answer}}\n"
         "max_prompt_tokens: 48\nmax_tokens: 16\nnum_samples: 1\n"
         "rewards: {functions: {accuracy: {function: verify.numeric, args: {place: last_number}}}}\n"
@@ -240,7 +240,7 @@ def test_real_problems(real_data, root, tmp_path):
     lines = data.read_text(encoding="utf-8").splitlines()[:40]
     plain = [x for x in lines if json.loads(x)["question"].isascii()][:5]
     (tmp_path / "few.jsonl").write_text("\n".join(plain) + "\n")
-    words = [f"data={tmp_path}/few.jsonl", "max_prompt_tokens=1500", *SMALL]
+    words = [f"data={tmp_path}/few.jsonl", "max_prompt_tokens=1900", *SMALL]
     assert evaluate(root, "three", "gsm8k", *words, "--out", str(tmp_path)) == 0
     samples = read(tmp_path, "eval_samples.jsonl")
     expected = [float(json.loads(x)["answer"].endswith("#### 3")) for x in plain]
