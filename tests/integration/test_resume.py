@@ -19,6 +19,7 @@ import yaml
 
 from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes import chains, sevens
+from alignjax.text import load_tokenizer
 from alignjax.train.metrics import TIMINGS
 
 # What is compared is read as it stands in the file.
@@ -142,6 +143,7 @@ class Place:
         sevens.write(folder / "sevens", seed=0, num_train=60, num_test=20)
         model = Model(ModelConfig(vocab_size=23, **MODEL))
         save(folder / "base", model, model.init(jax.random.key(0)))
+        load_tokenizer(folder / "tokenizer").save(str(folder / "base"))
         (folder / "rewards.py").write_text(REWARD)
         (folder / "config.yaml").write_text(yaml.safe_dump((CONFIGS | DISTILL)[phase]))
 
