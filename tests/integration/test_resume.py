@@ -117,7 +117,7 @@ CONFIGS["online"] = (
     }
     | {name: CONFIGS["grpo"][name] for name in ("data", "rollout", "rewards", "evaluation")}
 )
-TEACHER = {"model": {"init": MODEL}, "teacher": {"path": "base"}}
+TEACHER = {"model": {"init": MODEL}, "seed": 7, "teacher": {"path": "base"}}
 DISTILL = {
     "distill": CONFIGS["sft"] | TEACHER | {"phase": "distill", "divergence": {"kind": "jsd"}},
     "distill_top_k": CONFIGS["sft"] | TEACHER | {
