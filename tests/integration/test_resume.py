@@ -19,6 +19,7 @@ import yaml
 
 from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes import chains, sevens
+from alignjax.text import load_tokenizer
 from alignjax.train.metrics import TIMINGS
 from tests.flags import QUICK
 
@@ -117,7 +118,7 @@ CONFIGS["online"] = (
     }
     | {name: CONFIGS["grpo"][name] for name in ("data", "rollout", "rewards", "evaluation")}
 )
-TEACHER = {"model": {"init": MODEL}, "teacher": {"path": "base"}}
+TEACHER = {"model": {"init": MODEL}, "seed": 7, "teacher": {"path": "base"}}
 DISTILL = {
     "distill": CONFIGS["sft"] | TEACHER | {"phase": "distill", "divergence": {"kind": "jsd"}},
     "distill_top_k": CONFIGS["sft"] | TEACHER | {
@@ -143,6 +144,7 @@ class Place:
         sevens.write(folder / "sevens", seed=0, num_train=60, num_test=20)
         model = Model(ModelConfig(vocab_size=23, **MODEL))
         save(folder / "base", model, model.init(jax.random.key(0)))
+        load_tokenizer(folder / "tokenizer").save(str(folder / "base"))
         (folder / "rewards.py").write_text(REWARD)
         (folder / "config.yaml").write_text(yaml.safe_dump((CONFIGS | DISTILL)[phase]))
 
