@@ -91,6 +91,11 @@ class SeparateCritic:
         check_same_ids("critic.path", path, policy.tokenizer)
         same = [model for model in config.rewards.models.values() if model.path == path]
         reward = same[0] if same else RewardModelConfig(path=path)
+        if reward.squash is not None:
+            raise UserError(
+                f"critic: the reward of {path} is squashed, so that no critic that starts as that "
+                "model says what it will be; set critic.from_policy to true"
+            )
         mean, std, _ = moments(f"critic ({path})", reward)
         self._scale = (reward.weight or 1.0) / std
         self._offset = self._scale * mean

@@ -199,7 +199,9 @@ class Grpo:
 
         def parts(r: Rollouts) -> np.ndarray:
             weights = config.rewards.weights.items()
-            return np.stack([weight * r.part(name) for name, weight in weights], axis=2)
+            # A reward that a prompt does not get says nothing about its samples.
+            found = [weight * np.nan_to_num(r.part(name)) for name, weight in weights]
+            return np.stack(found, axis=2)
 
         rewards = of_all(lambda r: r.rewards, np.nan)
         lengths = of_all(lambda r: r.completions.lengths.reshape(r.rewards.shape), 0)

@@ -12,6 +12,8 @@ from alignjax.phases.ppo import Ppo
 from alignjax.phases.ppo_config import PpoConfig
 from alignjax.phases.preference import Preference
 from alignjax.phases.preference_config import PreferenceConfig
+from alignjax.phases.reject import Reject
+from alignjax.phases.reject_config import RejectConfig
 from alignjax.phases.reward import Reward
 from alignjax.phases.reward_config import RewardPhaseConfig
 from alignjax.phases.sample import SampleResponses
@@ -30,5 +32,6 @@ PHASES: dict[str, tuple[type[PhaseConfig], type[Any]]] = {
 
 DATA_PHASES: dict[str, tuple[type[Config], type[Any]]] = {
     "sample": (SampleConfig, SampleResponses),
+    "reject": (RejectConfig, Reject),
 }
 """Those that make records; see `phases.produce`."""

@@ -13,23 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from alignjax.core.errors import UserError
-from alignjax.core.keys import named_key
-from alignjax.core.precision import compute_dtype
-from alignjax.core.types import Sample, Sampling, Score
-from alignjax.data import Example, Examples, examples, open_source, prompt_encoder
-from alignjax.generate import make_generate
-from alignjax.models import load, load_eos_ids
+from alignjax.core.types import Sample, Score
+from alignjax.data import Example
 from alignjax.phases.produce import State
+from alignjax.phases.responses import Responses, demonstration
 from alignjax.phases.sample_config import SampleConfig
-from alignjax.phases.scoring import Rewards
-from alignjax.rewards.combine import too_many_failures
 from alignjax.rewards.plain import to_json
-from alignjax.rewards.rollout import Task, rollout
-from alignjax.text import check_fits, load_tokenizer, stop_ids
 from alignjax.train.metrics import replace_file
 
 BEST, FIGURES = "best.jsonl", "sample.json"
@@ -65,54 +56,16 @@ class SampleResponses:
 
     def __init__(self, config: SampleConfig, mesh: Mesh):
         self._config = config
-        rollout, where = config.rollout, config.tokenizer or config.model.path
-        dtype = compute_dtype(config.model.compute_dtype, mesh.devices.flat[0].platform)
-        model, self._params = load(config.model.path, mesh=mesh, compute_dtype=dtype)
-        self._tokenizer = load_tokenizer(where)
-        check_fits(self._tokenizer, model.config.vocab_size, where)
-        most = rollout.max_prompt_tokens + rollout.max_tokens
-        context = model.config.max_position_embeddings
-        if most > context:
-            raise UserError(
-                f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} and max_tokens="
-                f"{rollout.max_tokens} exceed the model's context of {context} tokens; lower one"
-            )
-        source = Examples(open_source(config.data.train), config.data.text.fields)
-        self._limit = config.data.num_prompts or len(source)
-        self._prompts = examples(
-            source,
-            prompt_encoder(config.data.text, self._tokenizer),
-            num_prompts=rollout.num_prompts,
-            prompt_len=rollout.max_prompt_tokens,
-            overlong=config.data.overlong,
-            shuffle=False,
-            num_epochs=1,
-        )
-        self._sampling = Sampling(
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            max_tokens=rollout.max_tokens,
-            stop_tokens=stop_ids(
-                self._tokenizer, rollout.stop_tokens, load_eos_ids(config.model.path)
-            ),
-            num_samples=rollout.num_samples,
-        )
-        self._generate = make_generate(model, mesh=mesh, max_rows=rollout.max_rows)
-        self._rewards: Rewards | None = None
-        if config.rewards is not None:
-            log_path = Path(config.output_dir) / config.name / "rewards.log"
-            self._rewards = Rewards(
-                config.rewards, self._tokenizer, mesh, max_tokens=most, log_path=log_path
-            )
+        self._responses = Responses(config, mesh, config.rewards)
+        self._is_judged = config.rewards is not None
 
     @property
     def warnings(self) -> list[str]:
-        return [] if self._rewards is None else self._rewards.warnings
+        return self._responses.warnings
 
     def init(self) -> State:
         return {
-            "position": self._prompts.get_state(),
+            "position": self._responses.start,
             "counts": dict.fromkeys(COUNTS, 0),
             "best_of": {},  # k -> the sum over prompts of the mean highest score of k samples
             "num_compared": 0,  # prompts in these sums: those whose samples all have a score
@@ -120,27 +73,17 @@ class SampleResponses:
 
     def produce(self, state: State) -> tuple[Sequence[Mapping[str, Any]], State] | None:
         counts = dict(state["counts"])
-        left = self._limit - counts["num_prompts"]
-        self._prompts.set_state(state["position"])
-        prompts = next(self._prompts, [])[:left] if left > 0 else []
-        if not prompts:
+        drawn = self._responses.draw(state["position"], counts["num_prompts"])
+        if drawn is None:
             return None
-        tasks = [Task(p.tokens, p.example.reference, p.example.fields) for p in prompts]
-        key = named_key(jax.random.key(self._config.seed), "sample", counts["num_prompts"])
-        out = rollout(
-            self._generate, self._rewards or _no_scores, self._tokenizer, self._params, tasks, key,
-            self._sampling, prompt_len=self._config.rollout.max_prompt_tokens,
-        )  # fmt: skip
-        if self._rewards is not None:
-            reason = too_many_failures(out.scores, self._rewards.config.max_failure_frac)
-            if reason is not None:
-                raise UserError(reason)
+        prompts, out = drawn.prompts, drawn.rollouts
+        if self._is_judged:
             counts["num_failed_rewards"] += sum(score.value is None for score in out.scores)
         counts["num_prompts"] += len(prompts)
         counts["num_samples"] += len(out.samples)
         counts["num_truncated"] += int(out.is_truncated.sum())
-        counts["num_dropped"] = self._prompts.num_dropped
-        size, records = self._sampling.num_samples, []
+        counts["num_dropped"] = drawn.num_dropped
+        size, records = self._responses.num_samples, []
         best_of, num_compared = dict(state["best_of"]), state["num_compared"]
         for i, prompt in enumerate(prompts):
             group = slice(i * size, (i + 1) * size)
@@ -155,7 +98,7 @@ class SampleResponses:
             counts["num_left_out" if record is None else "num_records"] += 1
             records += [] if record is None else [record]
         return records, {
-            "position": self._prompts.get_state(),
+            "position": drawn.position,
             "counts": counts,
             "best_of": best_of,
             "num_compared": num_compared,
@@ -172,43 +115,29 @@ class SampleResponses:
             elif sample.completion in kept:
                 counts["num_duplicates"] += 1
             elif not (sample.is_truncated and self._config.truncated == "drop"):
-                kept[sample.completion] = _Kept(sample, score if self._rewards else None)
+                kept[sample.completion] = _Kept(sample, score if self._is_judged else None)
         return list(kept.values())
 
     def _record(self, example: Example, kept: Sequence[_Kept]) -> dict[str, Any] | None:
         """The record of a prompt; None if nothing can be said or asked of its responses."""
         scores = [None if one.score is None else one.score.value for one in kept]
-        is_judged = self._rewards is not None
-        if len(kept) < 2 or (is_judged and all(score is None for score in scores)):
+        if len(kept) < 2 or (self._is_judged and all(score is None for score in scores)):
             return None
         reference = {} if example.reference is None else {"reference": example.reference}
         own = {
-            "prompt": self._prompt(example),
+            "prompt": self._responses.written(example),
             "responses": [one.sample.completion for one in kept],
-            **({"scores": scores} if is_judged else {}),
+            **({"scores": scores} if self._is_judged else {}),
             "num_tokens": [one.sample.num_tokens for one in kept],
             "is_truncated": [one.sample.is_truncated for one in kept],
         }
         fields = {k: v for k, v in {**example.fields, **reference}.items() if k not in own}
         return own | json.loads(to_json(fields))
 
-    def _prompt(self, example: Example) -> str | list[dict[str, Any]]:
-        text, way = self._config.data.text, self._config.prompts_as
-        if example.messages is not None:
-            messages = list(example.messages)
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            return messages
-        prompt = example.prompt or ""
-        if way == "text" or (way == "seen" and not text.chat):
-            return prompt
-        system = [{"role": "system", "content": text.system}] if text.system is not None else []
-        return [*system, {"role": "user", "content": prompt}]
-
     def finish(self, state: State, records: Iterable[dict[str, Any]], run_dir: Path) -> str:
         """Writes sample.json, and best.jsonl where there are scores."""
-        if self._rewards is not None:
-            self._rewards.close()
+        if self._responses.rewards is not None:
+            self._responses.rewards.close()
             lines = [json.dumps(_best(record), ensure_ascii=False) + "\n" for record in records]
             replace_file(run_dir / BEST, "".join(lines).encode(errors="backslashreplace"))
         figures: dict[str, Any] = dict(state["counts"])
@@ -244,18 +173,10 @@ def _best(record: Mapping[str, Any]) -> dict[str, Any]:
     scored = [(s, -i) for i, s in enumerate(record["scores"]) if s is not None]
     score, place = max(scored)
     response = record["responses"][-place]
-    prompt = record["prompt"]
-    if isinstance(prompt, str):
-        found = {"prompt": prompt, "completion": response}
-    else:
-        found = {"messages": [*prompt, {"role": "assistant", "content": response}]}
+    found = demonstration(record["prompt"], response)
     own = {"prompt", "responses", "scores", "num_tokens", "is_truncated"}
     rest = {key: value for key, value in record.items() if key not in own | found.keys()}
     return {**found, "score": score, **rest}
-
-
-def _no_scores(samples: Sequence[Sample]) -> list[Score]:
-    return [Score(None)] * len(samples)
 
 
 def _powers(n: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What can be set of the phase that samples responses."""
+"""What can be set of the phases that sample responses."""
 
 from __future__ import annotations
 
@@ -52,10 +52,9 @@ class SampleRollout(Config):
     """Completions that are sampled at once, at most."""
 
 
-class SampleConfig(Config):
-    """`phase: sample`."""
+class ResponsesConfig(Config):
+    """What the configs of data phases share that sample from a model."""
 
-    phase: Literal["sample"]
     name: DirectoryName
     """The run's directory is output_dir/name."""
     output_dir: str = "runs"
@@ -66,14 +65,9 @@ class SampleConfig(Config):
     mesh: MeshConfig = MeshConfig()
     data: SampleData
     rollout: SampleRollout = SampleRollout()
-    rewards: RewardConfig | None = None
-    """What judges them, as `scores`; null: nothing, as for people to label."""
     prompts_as: Literal["seen", "text", "messages"] = "seen"
     """How a prompt is written down: as the model has seen it, that is as messages where it went
     through a chat template and as text elsewhere; or always as the one or the other."""
-    truncated: Literal["keep", "drop"] = "keep"
-    """What to do with a completion that max_tokens cut. As a response it would be taken for one
-    that ends there."""
 
     @model_validator(mode="after")
     def _has_text(self) -> Self:
@@ -83,3 +77,14 @@ class SampleConfig(Config):
                 "leave it out"
             )
         return self
+
+
+class SampleConfig(ResponsesConfig):
+    """`phase: sample`."""
+
+    phase: Literal["sample"]
+    rewards: RewardConfig | None = None
+    """What judges them, as `scores`; null: nothing, as for people to label."""
+    truncated: Literal["keep", "drop"] = "keep"
+    """What to do with a completion that max_tokens cut. As a response it would be taken for one
+    that ends there."""

@@ -17,7 +17,7 @@ from alignjax.core.precision import compute_dtype
 from alignjax.core.types import Sample, Score
 from alignjax.data import pack
 from alignjax.models import load_reward
-from alignjax.rewards.combine import RewardConfig, RewardModelConfig, add_models
+from alignjax.rewards.combine import RewardConfig, RewardModelConfig, add_models, names_for
 from alignjax.rewards.plain import short
 from alignjax.rewards.pool import RewardPool
 from alignjax.sharding import batch_shards, put_batch
@@ -66,12 +66,26 @@ class Rewards:
         self._pool = RewardPool(only_functions, log_path=log_path) if config.functions else None
 
     def __call__(self, samples: Sequence[Sample]) -> list[Score]:
-        """One score for each sample, in order."""
+        """One score for each sample, in order. A sample that gets no reward at all has failed."""
         scores = [Score(0.0)] * len(samples) if self._pool is None else self._pool(samples)
-        by_model = {name: model(samples) for name, model in self._models.items()}
+        names: list[list[str]] = []
+        for i, sample in enumerate(samples):
+            try:
+                names.append(names_for(self.config.by_name, sample.fields))
+                why = "" if names[i] else f"no reward is for {_named(sample)}"
+            except ValueError as error:
+                names.append([])
+                why = str(error)
+            if why:
+                scores[i] = Score(None, error=f"{why}; prompt {short(sample.prompt)}")
+        by_model: list[dict[str, Score]] = [{} for _ in samples]
+        for name, model in self._models.items():
+            chosen = [i for i, given in enumerate(names) if name in given]
+            for i, score in zip(chosen, model([samples[i] for i in chosen]), strict=True):
+                by_model[i][name] = score
         return [
-            add_models(self.config, score, {name: found[i] for name, found in by_model.items()})
-            for i, score in enumerate(scores)
+            add_models(self.config, score, found)
+            for score, found in zip(scores, by_model, strict=True)
         ]
 
     def close(self) -> None:
@@ -91,7 +105,8 @@ class Rewards:
 
 
 class RewardModel:
-    """A `ScoreFn`: the normalised score that a model gives to the ids that were sampled.
+    """A `ScoreFn`: the score, normalised and squashed as its config says, that a model gives to the
+    ids that were sampled.
 
     It is read at the last real token, which is the stop token where one was sampled. Compiled once
     for each row length of the ladder 64, 128, 256, ...
@@ -104,6 +119,7 @@ class RewardModel:
         self._model, self.params = load_reward(config.path, mesh=mesh, compute_dtype=dtype)
         self._where = f"reward model {name!r} ({config.path})"
         self._mean, self._std, self.warnings = moments(self._where, config)
+        self._squash = config.squash
         self._mesh = mesh
         self._apply = jax.jit(self._model.apply)
 
@@ -134,7 +150,7 @@ class RewardModel:
     def _score(self, sample: Sample, ids: np.ndarray, raw: float) -> Score:
         value = (float(raw) - self._mean) / self._std
         if math.isfinite(value):
-            return Score(value)
+            return Score(_sigmoid(value) if self._squash == "sigmoid" else value)
         context = self._model.decoder.config.max_position_embeddings
         why = f"the score is {raw}"
         if len(ids) > context:
@@ -203,6 +219,16 @@ def moments(where: str, config: RewardModelConfig) -> tuple[float, float, list[s
     if not (math.isfinite(mean) and 0 < std < math.inf):
         raise UserError(f"{file}: mean={mean}, std={std}: expected a finite mean and std > 0")
     return mean, std, []
+
+
+def _sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), without overflow."""
+    return 0.5 * (1.0 + math.tanh(0.5 * x))
+
+
+def _named(sample: Sample) -> str:
+    """The record of a sample, in a message."""
+    return short(", ".join(f"{key}={value!r}" for key, value in sample.fields.items()))
 
 
 def _ids(sample: Sample) -> np.ndarray:

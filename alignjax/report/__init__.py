@@ -2,6 +2,7 @@
 
 from alignjax.report.frontier import Frontier, frontier_of, frontier_picture
 from alignjax.report.reasoning import Curve, Transcript, reasoning_picture
+from alignjax.report.stages import stages_picture
 from alignjax.report.training import training_report
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "frontier_of",
     "frontier_picture",
     "reasoning_picture",
+    "stages_picture",
     "training_report",
 ]

@@ -62,7 +62,7 @@ def reasoning_picture(
       transcripts: drawn side by side in this order, three at most.
       title, subtitle: the headline and a line below it.
     """
-    wrapped = [_wrap(t) for t in transcripts[:3]]
+    wrapped = [wrap(t) for t in transcripts[:3]]
     text_height = 0.164 * max((len(lines) for lines in wrapped), default=0)
     height = 4.7 + (text_height + 1.05 if wrapped else 0)
     picture = style.figure(11, height)
@@ -76,7 +76,7 @@ def reasoning_picture(
         draw(picture.add_axes((left, bottom, width, top - bottom)), think, control)
     for i, (transcript, lines) in enumerate(zip(transcripts, wrapped, strict=False)):
         low = 0.22 / height
-        _transcript(picture, transcript, lines, 0.03 + 0.318 * i, low, (text_height + 0.6) / height)
+        panel(picture, transcript, lines, 0.03 + 0.318 * i, low, (text_height + 0.6) / height)
     style.save(picture, path)
 
 
@@ -139,7 +139,7 @@ WIDTH, HEIGHT = 39, 14
 """Characters on a line of a transcript, and its lines."""
 
 
-def _wrap(transcript: Transcript) -> list[str]:
+def wrap(transcript: Transcript) -> list[str]:
     """Breaks after a tag, a `;` or a space where one is near, else in the middle of a word."""
     lines = []
     for text in (transcript.prompt + "\n" + transcript.completion).splitlines():
@@ -156,9 +156,11 @@ def _wrap(transcript: Transcript) -> list[str]:
     return lines if len(lines) <= HEIGHT else [*lines[: HEIGHT - 1], "..."]
 
 
-def _transcript(
+def panel(
     picture: Figure, transcript: Transcript, lines: Sequence[str], x: float, y: float, height: float
 ) -> None:
+    """Draws a transcript, broken into lines by `wrap`, in a box; x, y, height as shares of the
+    figure."""
     colour = style.GREEN if transcript.is_correct else style.RED
     axes = picture.add_axes((x, y, 0.304, height))
     axes.set_axis_off()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -16,38 +16,51 @@ MAX_REWARD = 3e38
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 
-class FunctionConfig(Config):
+class Reward(Config):
+    """What every reward has.
+
+    Attributes:
+      weight: what its value is multiplied by; 0 only logs it.
+      where: the prompts that it is for: those whose record has these values in these fields, such
+        as `{kind: arithmetic}`. Others get nothing from it and do not count in its metrics; to a
+        record that lacks such a field no reward can be given. All prompts if empty.
+    """
+
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    where: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class FunctionConfig(Reward):
     """One reward function.
 
     Attributes:
       function: a built-in (`verify.math`, `verify.exact`, `verify.numeric`,
-        `verify.calculations`, `format.tags`, `format.matches`, `format.length`,
+        `verify.calculations`, `format.tags`, `format.matches`, `format.script`, `format.length`,
         `format.reflects`), `package.module:function`, `package.module.function` or
         `path/to/file.py:function`.
-      weight: what its value is multiplied by; 0 only logs it.
       args: its options, by name.
     """
 
     function: str
-    weight: float = Field(default=1.0, allow_inf_nan=False)
     args: dict[str, JsonValue] = Field(default_factory=dict)
 
 
-class RewardModelConfig(Config):
+class RewardModelConfig(Reward):
     """One reward model, whose score counts as (score - mean) / std.
 
     Attributes:
       path: a directory that `phase: reward` wrote, or a classifier of transformers with one label
         and its tokenizer, which must be the policy's.
-      weight: what its normalised score is multiplied by; 0 only logs it.
       mean, std: of its scores on reference responses; null: those of reward.json in the directory.
+      squash: `sigmoid` maps what is normalised to 0..1, so that it stands beside rules that give 0
+        or 1, and more and more of what the model likes pays less and less.
       compute_dtype: of its matrix products; auto: bfloat16 on TPU and GPU, float32 on CPU.
     """
 
     path: str
-    weight: float = Field(default=1.0, allow_inf_nan=False)
     mean: float | None = Field(default=None, allow_inf_nan=False)
     std: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    squash: Literal["sigmoid"] | None = None
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @model_validator(mode="after")
@@ -90,9 +103,36 @@ class RewardConfig(Config):
         return self
 
     @property
+    def by_name(self) -> dict[str, Reward]:
+        """Functions and models, by their names."""
+        return {**self.functions, **self.models}
+
+    @property
     def weights(self) -> dict[str, float]:
         """Of each reward, by its name."""
-        return {name: reward.weight for name, reward in (self.functions | self.models).items()}
+        return {name: reward.weight for name, reward in self.by_name.items()}
+
+
+def names_for(rewards: Mapping[str, Reward], fields: Mapping[str, Any]) -> list[str]:
+    """The rewards that a prompt gets, by their `where`, in order.
+
+    Args:
+      rewards: by name.
+      fields: of the prompt's record, as of `Sample`.
+    Raises:
+      ValueError: if the record lacks a field that a `where` names.
+    """
+    for name, reward in rewards.items():
+        if missing := sorted(reward.where.keys() - fields.keys()):
+            raise ValueError(
+                f"reward {name!r}: where: the record has no field {missing[0]!r} (fields there: "
+                f"{', '.join(map(repr, fields)) or 'none'})"
+            )
+    return [
+        name
+        for name, reward in rewards.items()
+        if all(fields[key] == value for key, value in reward.where.items())
+    ]
 
 
 def combine(config: RewardConfig, parts: Mapping[str, Mapping[str, float]]) -> Score:
@@ -100,12 +140,13 @@ def combine(config: RewardConfig, parts: Mapping[str, Mapping[str, float]]) -> S
 
     Args:
       config: weights.
-      parts: for each function what `functions.named_parts` made of its result.
+      parts: for each function that the prompt gets (`names_for`) what `functions.named_parts` made
+        of its result.
     Returns:
       The score. Its parts are unweighted: the value of each function under its name, and the named
       parts of a function that returned a dict under `name/part`.
     """
-    value = math.fsum(f.weight * parts[name][""] for name, f in config.functions.items())
+    value = math.fsum(config.functions[name].weight * named[""] for name, named in parts.items())
     flat = {
         f"{name}/{part}" if part else name: number
         for name, named in parts.items()
@@ -119,7 +160,8 @@ def add_models(config: RewardConfig, score: Score, models: Mapping[str, Score]) 
 
     Args:
       score: what `combine` gave; of value 0 where there are no functions.
-      models: by name what each reward model gave. One without a value leaves the sample without.
+      models: by name what each reward model that the prompt gets gave. One without a value leaves
+        the sample without.
     """
     known = {name: one.value for name, one in models.items() if one.value is not None}
     parts = {**score.parts, **known}

@@ -1,12 +1,13 @@
-"""The shape of a completion -> a reward: its tags, its length in tokens, words of reflection."""
+"""The shape of a completion -> a reward: tags, script, length, words of reflection."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["length", "matches", "reflects", "tags"]
+__all__ = ["length", "matches", "reflects", "script", "tags"]
 
 REFLECTION = (
     "wait", "hold on", "let me check", "let me recheck", "re-check", "recheck", "double-check",
@@ -60,6 +61,33 @@ def matches(prompt: str, completion: str, reference: Any, *, pattern: str, **fie
       pattern: such as `#### [0-9]+$`; its `$` is the end of the completion, `(?m)` that of a line.
     """
     return float(re.search(pattern, completion) is not None)
+
+
+def script(
+    prompt: str,
+    completion: str,
+    reference: Any,
+    *,
+    name: str = "LATIN",
+    tag: str = "think",
+    **fields: Any,
+) -> float:
+    """The share of the letters inside a tag that are of one script; 0.0 if there are none.
+
+    For thoughts in one language, after the language-consistency reward of DeepSeek-R1
+    (arXiv:2501.12948 sec. 2.3.2), which is the share of words of the language.
+
+    Args:
+      name: what the Unicode names of its letters begin with: LATIN, CYRILLIC, CJK, HANGUL, ...
+      tag: whose first occurrence counts. A prompt that ends with it has opened it.
+    """
+    if prompt.rstrip().endswith(f"<{tag}>"):
+        completion = f"<{tag}>{completion}"
+    _, _, rest = completion.partition(f"<{tag}>")
+    inside, is_closed, _ = rest.partition(f"</{tag}>")
+    letters = [char for char in inside if char.isalpha()] if is_closed else []
+    of_script = sum(unicodedata.name(char, "").startswith(name) for char in letters)
+    return of_script / len(letters) if letters else 0.0
 
 
 def reflects(

@@ -29,7 +29,7 @@ import psutil
 
 from alignjax.core.errors import UserError
 from alignjax.core.types import Sample, Score
-from alignjax.rewards.combine import RewardConfig, combine
+from alignjax.rewards.combine import RewardConfig, combine, names_for
 from alignjax.rewards.plain import short, to_json
 
 STARTUP_S = 120.0
@@ -164,13 +164,23 @@ class _Round:
         self.scores: dict[int, Score] = {}
         self.parts: list[dict[str, dict[str, float]]] = [{} for _ in samples]
         self.encoded: dict[int, bytes] = {}
+        self.names: dict[int, list[str]] = {}
+        """Of each sample, the functions that are called."""
         self.todo: deque[int] = deque()
         for i, sample in enumerate(samples):
             try:
-                self.encoded[i] = _encode(i, sample)
+                self.names[i] = names_for(config.functions, sample.fields)
+            except ValueError as error:
+                self.scores[i] = Score(None, error=f"{error}; prompt {short(sample.prompt)}")
+                continue
+            if not self.names[i]:
+                self.scores[i] = combine(config, {})
+                continue
+            try:
+                self.encoded[i] = _encode(i, sample, self.names[i])
                 self.todo.append(i)
             except ValueError as error:
-                self.fail(i, next(iter(config.functions)), str(error))
+                self.fail(i, self.names[i][0], str(error))
 
     @property
     def num_open(self) -> int:
@@ -187,7 +197,7 @@ class _Round:
             self.fail(index, name, str(error))
         else:
             self.parts[index][name] = parts
-            if len(self.parts[index]) < len(self.config.functions):
+            if len(self.parts[index]) < len(self.names[index]):
                 return False
             self.scores[index] = combine(self.config, self.parts[index])
         return True
@@ -238,10 +248,10 @@ class _Worker:
         self._unsent = b""
         self._unread = b""
         self.batch: list[int] = []
+        self._names: dict[int, list[str]] = {}
         self._num_answered = 0
         self.is_starting = True
         self.deadline = time.monotonic() + STARTUP_S
-        self._names = [name for name, _, _ in setup["functions"]]
         self._send(json.dumps(setup).encode())
 
     @property
@@ -255,10 +265,10 @@ class _Worker:
     @property
     def call(self) -> tuple[int, str]:
         """Sample and function of the call that it is in."""
-        return self.batch[0], self._names[self._num_answered]
+        return self.batch[0], self._names[self.batch[0]][self._num_answered]
 
     def give(self, batch: list[int], work: _Round, timeout_s: float) -> None:
-        self.batch, self._num_answered = batch, 0
+        self.batch, self._names, self._num_answered = batch, work.names, 0
         self.deadline = time.monotonic() + timeout_s
         self._send(b"[" + b",".join(work.encoded[i] for i in batch) + b"]")
 
@@ -347,7 +357,7 @@ def _close(workers: list[_Worker], selector: selectors.BaseSelector, owner: int)
     selector.close()
 
 
-def _encode(index: int, sample: Sample) -> bytes:
+def _encode(index: int, sample: Sample, names: list[str]) -> bytes:
     values = {
         **sample.fields,
         "prompt": sample.prompt,
@@ -362,7 +372,7 @@ def _encode(index: int, sample: Sample) -> bytes:
             items.append(f"{json.dumps(name)}: {to_json(value)}")
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"field {name!r} cannot be given to it: {error}") from error
-    return f"[{index}, {{{', '.join(items)}}}]".encode()
+    return f"[{index}, {json.dumps(names)}, {{{', '.join(items)}}}]".encode()
 
 
 def _is_outcome(parts: Any, error: Any) -> bool:

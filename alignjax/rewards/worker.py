@@ -44,12 +44,12 @@ def main() -> None:
     send({"fault": None})
 
     for line in requests:
-        for index, values in json.loads(line):
-            for name, call in calls.items():
+        for index, names, values in json.loads(line):
+            for name in names:
                 try:
                     # One function must not change what the next one sees.
-                    own = copy.deepcopy(values) if len(calls) > 1 else values
-                    parts = named_parts(call(own))
+                    own = copy.deepcopy(values) if len(names) > 1 else values
+                    parts = named_parts(calls[name](own))
                 except BaseException as fault:  # sys.exit() in a reward must not end the worker
                     send([index, name, None, describe(fault)])
                     break

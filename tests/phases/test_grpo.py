@@ -267,6 +267,30 @@ def test_advantages_that_need_lengths_parts_or_all_groups(make, watch):
             np.testing.assert_allclose(found[key][0], value, rtol=1e-3, atol=1e-6)
 
 
+def test_a_reward_that_a_prompt_does_not_get_leaves_its_advantages_alone(make, world, tmp_path):
+    """By its `where` it is no part of these scores. Advantages of each reward by itself, too."""
+    others = {
+        "luck": {"function": "verify.exact"},
+        "other": {"function": "verify.exact", "where": {"kind": "x"}},
+    }
+    records = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps(r | {"kind": "sum"}) + "\n" for r in records))
+    for advantage in ("gdpo", "group_zscore"):
+        found = []
+        for functions in (others, {"luck": others["luck"]}):
+            phase = make(
+                [[1, 0, 0.5], [0, 0, 1], [0.25, 1, 0], [0, 1, 1]],
+                algorithm={"advantage": advantage},
+                rewards={"functions": functions},
+                data={"train": str(train)},
+            )
+            ((_, (batch, *_)),) = collect(phase)
+            found.append(batch["advantages"])
+        assert np.isfinite(found[0]).all() and found[0].any()
+        np.testing.assert_array_equal(found[0], found[1])
+
+
 def test_what_rewards_print_goes_into_the_directory_of_the_run(make):
     assert make([1.0], output_dir="out").score.log_path == Path("out/x/rewards.log")
 

@@ -344,6 +344,11 @@ def test_a_critic_starts_as_the_reward_of_whole_texts(make, world, tmp_path):
     fresh = make(critic={"from_policy": True}, rewards={"models": {"rm": {"path": rm}}})
     params = fresh.init(jax.random.PRNGKey(0)).params
     assert not np.any(fresh._critic.values(params, row, None))
+    # A squashed reward is no such sum of a head's values.
+    squashed = {"models": {"rm": {"path": rm, "squash": "sigmoid"}}}
+    with pytest.raises(UserError, match=r"squashed.* set critic.from_policy to true"):
+        make(critic={}, rewards=squashed)
+    make(critic={"from_policy": True}, rewards=squashed)
 
 
 def test_epochs_see_each_completion_once_in_other_orders(make):

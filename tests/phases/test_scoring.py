@@ -1,5 +1,6 @@
 """Rewards of functions and of reward models: what is scored where, normalised, joined, refused."""
 
+import dataclasses
 import json
 import math
 
@@ -201,3 +202,32 @@ def test_sums_that_overflow_fail():
 def test_a_sample_without_ids_is_a_mistake_of_the_caller(world):
     with pytest.raises(ValueError, match="this Sample has none"):
         Rewards(config(world[0]), TOKENIZER, mesh_of())([Sample("p", "c")])
+
+
+def test_a_model_scores_the_prompts_of_its_where_and_squashes_what_is_normalised(world):
+    folder, model, params = world
+    given = [
+        dataclasses.replace(sample, fields={"kind": kind})
+        for sample, kind in zip(samples(4), ["chat", "sum", "chat", "poem"], strict=True)
+    ]
+    given.append(dataclasses.replace(given[0], fields={}))
+    chat, raw = {"kind": "chat"}, {"path": str(folder), "mean": 0.25, "std": 0.5}
+    both = RewardConfig.model_validate(
+        {
+            "models": {
+                "liked": raw | {"weight": 3.0, "squash": "sigmoid", "where": chat},
+                "seen": raw | {"weight": 0.0, "where": chat},
+                "other": raw | {"weight": 5.0, "where": {"kind": "sum"}},
+            }
+        }
+    )
+    found = Rewards(both, TOKENIZER, mesh_of())(given)
+    z = [(alone(model, params, sample) - 0.25) / 0.5 for sample in given]
+    for i in (0, 2):
+        sigmoid = 1 / (1 + math.exp(-z[i]))
+        assert found[i].value == pytest.approx(3 * sigmoid, abs=1e-5)
+        assert found[i].parts == pytest.approx({"liked": sigmoid, "seen": z[i]}, abs=1e-5)
+    assert found[1].value == pytest.approx(5 * z[1], abs=1e-4) and set(found[1].parts) == {"other"}
+    assert found[3].value is None and found[3].error.startswith("no reward is for \"kind='poem'\"")
+    assert "reward 'liked': where: the record has no field 'kind'" in found[4].error
+    assert [scoring._sigmoid(x) for x in (-1e4, 0.0, 1e4)] == [0.0, 0.5, 1.0]

@@ -7,7 +7,15 @@ import pytest
 from matplotlib.colors import to_hex
 
 from alignjax.core.errors import UserError
-from alignjax.report import Curve, Transcript, reasoning, reasoning_picture, style, training_report
+from alignjax.report import (
+    Curve,
+    Transcript,
+    reasoning,
+    reasoning_picture,
+    stages_picture,
+    style,
+    training_report,
+)
 from alignjax.report.training import smooth
 
 
@@ -128,9 +136,35 @@ def test_names_of_lines_do_not_overlap(tmp_path, drawn):
 def test_transcripts_wrap_between_steps_and_lose_nothing():
     steps = "".join(f"{i}+{i}={2 * i};" for i in range(10, 24))
     text = f"<think>{steps}</think>" + "x" * 100
-    wrapped = reasoning._wrap(Transcript("", "p", text, True))
+    wrapped = reasoning.wrap(Transcript("", "p", text, True))
     assert "".join(wrapped[1:]) == text
     assert max(map(len, wrapped)) <= reasoning.WIDTH
     assert wrapped[1].endswith(";")
-    long = reasoning._wrap(Transcript("", "p", "y" * 5000, True))
+    long = reasoning.wrap(Transcript("", "p", "y" * 5000, True))
     assert len(long) == reasoning.HEIGHT and long[-1] == "..."
+
+
+def test_stages_have_their_bars_over_their_transcripts(tmp_path, drawn):
+    shares = {"Right": {"base": 0.1, "end": 0.9}, "Unsafe": {"base": 0.5, "end": 0.0}}
+    rows = [
+        [Transcript("base", "1+1=", "3", False), Transcript("end", "1+1=", "2", True)],
+        [Transcript("end", "copy a=", "a;" * 60, True)],
+    ]
+    stages_picture(tmp_path / "s.png", shares, rows, title="A line", subtitle="of two")
+    assert is_png(tmp_path / "s.png")
+    first, second, *transcripts = drawn[0].axes
+    for axes, (name, by_stage) in zip((first, second), shares.items(), strict=True):
+        assert axes.get_title(loc="left") == name
+        assert [bar.get_height() for bar in axes.patches] == list(by_stage.values())
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["base", "end"]
+    assert texts(first) == ["10%", "90%"]
+    assert [texts(axes)[:2] for axes in transcripts] == [
+        ["base", "wrong"], ["end", "right"], ["end", "right"]
+    ]  # fmt: skip
+    # Nothing lies over anything else, and all of it is on the page.
+    boxes = [axes.get_position() for axes in drawn[0].axes]
+    assert all(0 <= box.y0 < box.y1 <= 1 and 0 <= box.x0 < box.x1 <= 1 for box in boxes)
+    assert not any(
+        a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1
+        for i, a in enumerate(boxes) for b in boxes[i + 1 :]
+    )  # fmt: skip

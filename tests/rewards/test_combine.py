@@ -4,7 +4,14 @@ import pytest
 from pydantic import ValidationError
 
 from alignjax.core.types import Score
-from alignjax.rewards.combine import FunctionConfig, RewardConfig, combine, too_many_failures
+from alignjax.rewards.combine import (
+    FunctionConfig,
+    RewardConfig,
+    add_models,
+    combine,
+    names_for,
+    too_many_failures,
+)
 
 CONFIG = RewardConfig(
     functions={
@@ -59,3 +66,29 @@ def test_too_many_failures() -> None:
         "2 of 4 samples have no reward, more than max_failure_frac=0.25 allows. "
         "The first: reward 'a': it hung"
     )
+
+
+def test_a_reward_is_for_the_prompts_that_its_where_names() -> None:
+    config = RewardConfig.model_validate(
+        {
+            "functions": {
+                "sums": {"function": "verify.exact", "weight": 0.9, "where": {"kind": "sum"}},
+                "hard": {"function": "x.y", "where": {"kind": "sum", "level": 3}},
+                "format": {"function": "format.tags", "weight": 0.1},
+            },
+            "models": {"liked": {"path": "x", "weight": 2.0, "where": {"kind": "other"}}},
+        }
+    )
+    rewards = config.by_name
+    assert names_for(rewards, {"kind": "sum", "level": 3}) == ["sums", "hard", "format"]
+    assert names_for(rewards, {"kind": "sum", "level": "3"}) == ["sums", "format"]
+    assert names_for(rewards, {"kind": "other", "level": 3}) == ["format", "liked"]
+    with pytest.raises(
+        ValueError, match=r"^reward 'sums': where: the record has no field 'kind' .*'level'\)$"
+    ):
+        names_for(rewards, {"level": 3})
+    # Who does not get a reward gets nothing from it, and has no such part.
+    score = combine(config, {"format": {"": 1.0}})
+    assert score.value == pytest.approx(0.1) and score.parts == {"format": 1.0}
+    both = add_models(config, score, {"liked": Score(0.25)})
+    assert both.value == pytest.approx(0.6) and both.parts == {"format": 1.0, "liked": 0.25}

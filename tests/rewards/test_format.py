@@ -65,6 +65,33 @@ def test_length(num_tokens: int, expected: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("completion", "share"),
+    [
+        ("<think>So it is 7.</think><answer>семь</answer>", 1.0),
+        ("<think>So это 7</think><answer>7</answer>", 2 / 5),
+        ("<think>数 is é</think>", 3 / 4),
+        ("<think>数數</think><think>abc</think>", 0.0),
+        # No letters, no thought, one that never ends.
+        ("<think>1 + 2 = 3</think>", 0.0),
+        ("So it is 7", 0.0),
+        ("<think>So it is 7", 0.0),
+    ],
+)
+def test_script_is_the_share_of_letters(completion, share):
+    assert shape.script("q", completion, None) == pytest.approx(share)
+    opened = completion.removeprefix("<think>")
+    if opened != completion:
+        assert shape.script("q <think>\n", opened, None) == pytest.approx(share)
+
+
+def test_another_script():
+    thought = "<think>So это 數</think><answer>7</answer>"
+    for name, num in (("LATIN", 2), ("CYRILLIC", 3), ("CJK", 1), ("HANGUL", 0)):
+        assert shape.script("q", thought, None, name=name) == pytest.approx(num / 6)
+    assert shape.script("q", "<a>So</a>", None, tag="a") == 1.0
+
+
+@pytest.mark.parametrize(
     ("completion", "expected"),
     [
         ("<think>12*03=46;wait:12*03=36;</think>", 1.0),

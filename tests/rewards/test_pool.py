@@ -468,3 +468,33 @@ def test_speed_is_printed(pool: RewardPool) -> None:
     scores = pool(samples)
     print(f"{len(samples) / (time.perf_counter() - start):,.0f} samples/s on one worker")
     assert [s.value for s in scores] == [1.0] * 1000
+
+
+def test_functions_are_called_for_their_prompts_alone(source: Path) -> None:
+    """`act` dies of a completion "_exit", `verify.exact` of a missing reference."""
+    functions = {
+        "right": FunctionConfig(function="verify.exact", weight=0.9, where={"kind": "sum"}),
+        "format": FunctionConfig(function="format.tags", weight=0.1),
+        "acts": FunctionConfig(function=f"{source}:act", where={"kind": "act"}),
+    }
+    answer = "<think></think><answer>7</answer>"
+    with RewardPool(RewardConfig(functions=functions, num_workers=1)) as pool:
+        found = pool(
+            [
+                Sample("q", answer, "7", {"kind": "sum"}),
+                Sample("q", answer, None, {"kind": "other"}),
+                Sample("q", "_exit", None, {"kind": "other"}),
+                Sample("q", "_exit", None, {"kind": "act"}),
+                Sample("q", answer, "7", {"knid": "sum"}),
+                Sample("q", answer, "8", {"kind": "sum"}),
+            ]
+        )
+    assert [s.parts for s in found[:3]] == [
+        {"right": 1.0, "format": 1.0}, {"format": 1.0}, {"format": 0.0},
+    ]  # fmt: skip
+    assert [s.value for s in found] == pytest.approx([1.0, 0.1, 0.0, None, None, 0.1])
+    assert "reward 'acts'" in found[3].error and "exit code 7" in found[3].error
+    assert "reward 'right': where: the record has no field 'kind'" in found[4].error
+    only = RewardConfig(functions={"right": functions["right"]}, num_workers=1)
+    with RewardPool(only) as pool:
+        assert pool([Sample("q", answer, "7", {"kind": "other"})])[0].parts == {}
