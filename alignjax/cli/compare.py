@@ -98,9 +98,10 @@ def sample_both(tree: Tree, is_shown: bool, out: Path | None, *, name: str) -> N
     from alignjax.cli.runtime import prepare
 
     prepare()
+    from alignjax.phases.judges import open_judge
     from alignjax.phases.scoring import Rewards
 
-    found = compare(config, Rewards)
+    found = compare(config, Rewards, lambda judge, mesh: open_judge(judge, mesh, out))
     figures = found.as_json()
     print(f"a wins     {found.win_rate}: {config.a} against {config.b}")
     print(f"pairs      {figures['wins']} won, {figures['ties']} tied, {figures['losses']} lost")

@@ -6,41 +6,33 @@ tend to prefer what stands in one of the two places.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
+from jax.sharding import Mesh
 from pydantic import Field, model_validator
 
-from alignjax.core.config import Config
+from alignjax.core.config import to_dict
 from alignjax.core.errors import UserError
 from alignjax.core.intervals import or_null, row_means
-from alignjax.core.types import Sample, ScoreFn
+from alignjax.core.types import Sample
 from alignjax.evals.accuracy import Estimate
 from alignjax.evals.problems import Problems, open_problems, shot_encoder
 from alignjax.evals.provenance import Provenance, model_digest, prompt_values, provenance
 from alignjax.evals.results import write_results
 from alignjax.evals.sampler import MakeRewards, Sampler, SamplingConfig, unscored
-from alignjax.rewards.combine import FunctionConfig, RewardConfig
-from alignjax.rewards.pool import RewardPool
+from alignjax.rewards.combine import RewardConfig
+from alignjax.rewards.judge import Judge, Pair, Verdict
+from alignjax.rewards.judge_config import JudgeConfig
 from alignjax.rewards.rollout import Rollouts, joined
+from alignjax.sharding import MeshConfig, make_mesh
 
-
-class JudgeConfig(Config):
-    """A function that compares two completions.
-
-    `judge(prompt, first, second, **fields)` returns the probability, from 0 to 1, that `first` is
-    the better one. It is found, called and stopped like a reward function.
-    """
-
-    function: str
-    """`package.module:function`, `package.module.function` or `path/to/file.py:function`."""
-    args: dict[str, Any] = {}
-    """Its options, by name."""
-    timeout_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
-    """Limit on one call, in seconds."""
-    num_workers: int = Field(default=2, ge=1)
+MakeJudge = Callable[[JudgeConfig, Mesh], AbstractContextManager[Judge]]
+"""What makes a judge of a config and the devices of a judging model."""
 
 
 class CompareConfig(SamplingConfig):
@@ -73,7 +65,8 @@ class Verdicts(NamedTuple):
     a_is_better: np.ndarray
     """Probability that the completion of a is better: 1, 0, or 1/2 for a tie."""
     first_is_better: np.ndarray | None = None
-    """A judge's mean over both orders for what stood first; 1/2 if places do not matter."""
+    """A judge's mean over both orders for what stood first; 1/2 if places do not matter. None if
+    one order alone was asked."""
     orders_agree: np.ndarray | None = None
     """1 where a judge prefers the same completion in both orders, else 0."""
 
@@ -137,13 +130,14 @@ class Compared:
 _SIDE = ("completion", "reward", "parts", "num_tokens", "is_truncated", "error")
 
 
-def compare(config: CompareConfig, make_rewards: MakeRewards) -> Compared:
+def compare(config: CompareConfig, make_rewards: MakeRewards, make_judge: MakeJudge) -> Compared:
     """Samples the same prompts from both models and has their completions compared.
 
-    One model is on the devices at a time.
+    One model is on the devices at a time; a judge, if it is one, is the last.
 
     Args:
       make_rewards: such as `phases.scoring.Rewards`.
+      make_judge: such as `phases.judges.open_judge`.
     Raises:
       UserError: if a model cannot be read, no prompt fits, or every comparison failed.
     """
@@ -156,8 +150,8 @@ def compare(config: CompareConfig, make_rewards: MakeRewards) -> Compared:
     if config.judge is None:
         verdicts = by_reward(a.rewards, b.rewards)
     else:
-        with RewardPool(_as_rewards(config.judge)) as judge:
-            verdicts = by_judge(a, b, judge)
+        with make_judge(config.judge, make_mesh(MeshConfig())) as judge:
+            verdicts = by_judge(a, b, judge.pairwise)
     if not np.isfinite(verdicts.a_is_better).any():
         errors = [s.error for out in (a, b) for s in out.scores if s.error is not None]
         raise UserError(f"every comparison failed{': ' + errors[0] if errors else ''}")
@@ -169,7 +163,9 @@ def compare(config: CompareConfig, make_rewards: MakeRewards) -> Compared:
         prompt=prompt_values(config.text, shots=config.shots, separator=config.shot_separator),
         sampling=config,
         scoring={
-            **config.model_dump(mode="json", include={"rewards", "judge"}),
+            "rewards": None if config.rewards is None else to_dict(config.rewards),
+            # Where its answers are kept does not change them.
+            "judge": None if config.judge is None else to_dict(config.judge) | {"cache": None},
             "against": {"path": config.b, "digest": model_digest(config.b)},
         },
     )
@@ -182,34 +178,28 @@ def by_reward(a: np.ndarray, b: np.ndarray) -> Verdicts:
     return Verdicts(np.where(np.isfinite(a) & np.isfinite(b), p, np.nan))
 
 
-def by_judge(a: Rollouts, b: Rollouts, judge: ScoreFn) -> Verdicts:
-    """Asks the judge twice about each pair, in both orders, and takes the mean.
+def by_judge(
+    a: Rollouts, b: Rollouts, judge: Callable[[Sequence[Pair]], Sequence[Verdict]]
+) -> Verdicts:
+    """The one that the judge prefers.
 
     Args:
-      judge: gives the probability that the field `first` of a sample is better than `second`.
+      judge: such as `Judge.pairwise`; `first` is the completion of a.
     Raises:
-      UserError: if it gives anything but a number from 0 to 1.
+      UserError: if it has no verdict on any pair.
     """
-    pairs = list(zip(a.samples, b.samples, strict=True))
-    asked = [_question(x, y) for x, y in pairs] + [_question(y, x) for x, y in pairs]
-    said = judge(asked)
-    for score in said:
-        if score.value is not None and not 0 <= score.value <= 1:
-            raise UserError(
-                f"judge: {score.value} is no probability; expected a number from 0 to 1: how "
-                "probable it is that `first` is better than `second`"
-            )
-    if all(score.value is None for score in said):
+    said = judge([_pair(x, y) for x, y in zip(a.samples, b.samples, strict=True)])
+    if all(verdict.value is None for verdict in said):
         raise UserError(f"judge: every call failed: {said[0].error}")
-    values = np.array([np.nan if s.value is None else s.value for s in said])
-    a_first, b_first = values.reshape(2, *a.rewards.shape)
-    known = np.isfinite(a_first) & np.isfinite(b_first)
-    agree = np.sign(a_first - 0.5) == np.sign(0.5 - b_first)
-    return Verdicts(
-        a_is_better=(a_first + 1 - b_first) / 2,
-        first_is_better=(a_first + b_first) / 2,
-        orders_agree=np.where(known, agree, np.nan),
-    )
+    shape = a.rewards.shape
+    value = np.array([np.nan if v.value is None else v.value for v in said]).reshape(shape)
+    if not any(len(verdict.places) == 2 for verdict in said):
+        return Verdicts(value)
+    missing = (np.nan, np.nan)
+    places = np.array([v.places or missing for v in said]).reshape(*shape, 2)
+    agree = np.sign(places[..., 0] - 0.5) == np.sign(0.5 - places[..., 1])
+    known = np.isfinite(places).all(-1)
+    return Verdicts(value, places.mean(-1), np.where(known, agree, np.nan))
 
 
 def write_comparison(comparison: Compared, folder: Path, *, name: str = "compare") -> None:
@@ -236,16 +226,9 @@ def _sampled(
     return dict(zip(tasks, out.by_task(), strict=True))
 
 
-def _question(first: Sample, second: Sample) -> Sample:
-    fields = {**first.fields, "first": first.completion, "second": second.completion}
-    return Sample(first.prompt, first.completion, first.reference, fields, first.num_tokens)
-
-
-def _as_rewards(judge: JudgeConfig) -> RewardConfig:
-    function = FunctionConfig(function=judge.function, args=judge.args)
-    return RewardConfig(
-        functions={"judge": function}, timeout_s=judge.timeout_s, num_workers=judge.num_workers
-    )
+def _pair(a: Sample, b: Sample) -> Pair:
+    record = {**a.fields, "reference": a.reference}
+    return Pair(a.prompt, a.completion, b.completion, record=record)
 
 
 def _estimate(values: np.ndarray) -> Estimate:

@@ -4,8 +4,12 @@ from typing import Any
 
 from alignjax.core.config import Config
 from alignjax.phases.common import PhaseConfig
+from alignjax.phases.critique import Critique
+from alignjax.phases.critique_config import CritiqueConfig
 from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
+from alignjax.phases.label import Label
+from alignjax.phases.label_config import LabelConfig
 from alignjax.phases.online_preference import OnlinePreference
 from alignjax.phases.online_preference_config import OnlineConfig
 from alignjax.phases.ppo import Ppo
@@ -32,6 +36,8 @@ PHASES: dict[str, tuple[type[PhaseConfig], type[Any]]] = {
 
 DATA_PHASES: dict[str, tuple[type[Config], type[Any]]] = {
     "sample": (SampleConfig, SampleResponses),
+    "critique": (CritiqueConfig, Critique),
+    "label": (LabelConfig, Label),
     "reject": (RejectConfig, Reject),
 }
 """Those that make records; see `phases.produce`."""

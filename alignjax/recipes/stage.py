@@ -7,6 +7,7 @@ report.png, and frontier.png where it measured both a reward and a KL from the r
 import contextlib
 import fcntl
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from alignjax.phases.produce import PROGRESS, State, produce
 from alignjax.phases.registry import DATA_PHASES, PHASES
 from alignjax.report.frontier import frontier_of, frontier_picture
 from alignjax.report.training import training_report
+from alignjax.rewards.judge_config import LIMITS
 from alignjax.sharding import make_mesh
 from alignjax.train.checkpoint import Checkpointer
 from alignjax.train.loop import train
@@ -31,10 +33,24 @@ from alignjax.train.progress import Progress
 INPUTS = (
     "model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "data.reference",
     "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference", "model", "data",
+    "constitution.path", "template",
+    "responses", "compare_with", "sample.model.path", "sample.tokenizer", "sample.data.train",
+    "judge.model.path", "judge.template", "rewards.judges.*.model.path",
+    "rewards.judges.*.template",
 )  # fmt: skip
 """Keys of configs whose values are files or directories that a run reads; * is any key."""
-MODELS = ("model", "model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference")
+MODELS = (
+    "model", "model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference",
+    "sample.model.path", "sample.tokenizer", "judge.model.path", "rewards.judges.*.model.path",
+)  # fmt: skip
 """Those that may name a model of the Hub."""
+
+
+_JUDGES = r"(judge|rewards\.judges\.[^.:]+)"
+_FREE = re.compile(
+    rf"({_JUDGES}\.({'|'.join(map(re.escape, LIMITS))})|max_failure_frac|max_unparsable_frac): "
+)
+"""Changes of a config with which a run may go on: how long and how far a judge is asked."""
 
 
 def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
@@ -149,7 +165,9 @@ def check_same(run_dir: Path, config: Config) -> None:
             f"{run_dir} is there, but no run made it (no {missing}); move it away, or choose "
             "another name (name=...)"
         )
-    changes = diff(load(path).values, to_dict(config))
+    changes = [
+        change for change in diff(load(path).values, to_dict(config)) if not _FREE.match(change)
+    ]
     if changes:
         raise UserError(
             f"{run_dir} holds a run of another config (there -> now):\n  "

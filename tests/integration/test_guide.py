@@ -12,6 +12,7 @@ from alignjax.cli.run import check
 from alignjax.core.config import build, loads
 from alignjax.evals.run import EvalConfig
 from alignjax.evals.win_rate import CompareConfig
+from alignjax.rewards.constitution import Constitution
 from tests.flags import QUICK
 
 REPO = Path(__file__).resolve().parents[2]
@@ -24,6 +25,7 @@ def test_its_configs_are_valid():
     assert len(configs) >= 3
     build(CompareConfig, loads(configs.pop("compare.yaml"), ["a=one", "b=other"]))
     build(EvalConfig, loads(configs.pop("additions.yaml"), ["model=one"]))
+    build(Constitution, loads(configs.pop("constitution.yaml")))
     for text in configs.values():
         check(loads(text))
 

@@ -72,7 +72,7 @@ def write_pairs(path: Path, count: int = 40) -> Path:
     return path
 
 
-def write_model(path: Path, family: str) -> Path:
+def write_model(path: Path, family: str, context: int = 512) -> Path:
     """A tiny random model with a tokenizer of letters, and a chat template for Qwen."""
     ends = ["<|im_start|>", "<|im_end|>", "<eos>", "<bos>"]
     tokenizer = vocab_tokenizer(
@@ -81,7 +81,7 @@ def write_model(path: Path, family: str) -> Path:
     model = Model(
         ModelConfig(
             family=family, vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=1,
-            num_heads=2, max_position_embeddings=512, attention_bias=family == "qwen2",
+            num_heads=2, max_position_embeddings=context, attention_bias=family == "qwen2",
         )
     )  # fmt: skip
     save(path, model, model.init(jax.random.PRNGKey(0)))
