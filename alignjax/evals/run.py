@@ -115,6 +115,8 @@ class Report:
         found = [f"{name:<10} {estimate}" for name, estimate in self.estimates.items()]
         found.append(f"reward     {self.reward}")
         for name in self.rollouts.part_names:
+            if name == self.correct:
+                continue  # Which is pass@1.
             found.append(f"{name:<10} {mean_by_row(self.rollouts.part(name))}")
         cut = f"{100 * self.truncated_frac:.1f}% cut"
         found.append(f"length     {self.mean_length:.1f} tokens, {cut}")
