@@ -67,7 +67,10 @@ class Report:
     """The figures, by name, and every sample."""
 
     estimates: dict[str, Estimate]
+    """Over the problems that are in question (`asked`)."""
     rollouts: Rollouts
+    correct: str | None = None
+    """The part of the reward that they are of."""
     log_ratios: np.ndarray | None = None
     """[P, n] float64, nats: log p - log p_ref of each completion, where a reference was given."""
     made_of: Provenance | None = None
@@ -112,6 +115,8 @@ class Report:
         found = [f"{name:<10} {estimate}" for name, estimate in self.estimates.items()]
         found.append(f"reward     {self.reward}")
         for name in self.rollouts.part_names:
+            if name == self.correct:
+                continue  # Which is pass@1.
             found.append(f"{name:<10} {mean_by_row(self.rollouts.part(name))}")
         cut = f"{100 * self.truncated_frac:.1f}% cut"
         found.append(f"length     {self.mean_length:.1f} tokens, {cut}")
@@ -197,15 +202,19 @@ def report(
     """The reward; with a part that says what is right also pass@1, and where there are several
     samples pass@k and maj@k at k = n and powers of 2."""
     estimates = {} if correct_part is None else _accuracies(rollouts, correct_part, answer)
-    return Report(estimates, rollouts, log_ratios, made_of)
+    return Report(estimates, rollouts, correct_part, log_ratios, made_of)
+
+
+def asked(rollouts: Rollouts, part: str) -> np.ndarray:
+    """[P] bool: which problems are in question. Those that do not get the part, by its `where`, are
+    not; those of which a reward failed are."""
+    values = rollouts.part(part)
+    return np.isfinite(values).any(1) | np.isnan(rollouts.rewards).any(1)
 
 
 def _accuracies(rollouts: Rollouts, correct_part: str, answer: str) -> dict[str, Estimate]:
-    # Problems that do not get this part, by its `where`, are not in question; those of which a
-    # reward failed are.
-    values = rollouts.part(correct_part)
-    is_asked = np.isfinite(values).any(1) | np.isnan(rollouts.rewards).any(1)
-    correct = values[is_asked] >= 0.5
+    is_asked = asked(rollouts, correct_part)
+    correct = rollouts.part(correct_part)[is_asked] >= 0.5
     n = correct.shape[1]
     found = [find_answer(visible(s.prompt, s.completion), answer) for s in rollouts.samples]
     answers = [found[i * n : (i + 1) * n] for i in np.flatnonzero(is_asked)]
@@ -219,7 +228,10 @@ def _accuracies(rollouts: Rollouts, correct_part: str, answer: str) -> dict[str,
 def write_report(report: Report, folder: Path) -> None:
     """eval.json with the figures, eval_problems.jsonl with those of each problem, and
     eval_samples.jsonl with every answer."""
-    problems = {name: estimate.values for name, estimate in report.estimates.items()}
+    problems: dict[str, np.ndarray] = {}
+    for name, estimate in report.estimates.items():
+        problems[name] = np.full(len(report.rollouts.tasks), np.nan)
+        problems[name][asked(report.rollouts, report.correct)] = estimate.values
     problems |= {name: row_means(values) for name, values in report.by_problem.items()}
     records = report.rollouts.records(range(len(report.rollouts.samples)))
     write_results(folder, report.as_json(), records, problems, report.made_of)
