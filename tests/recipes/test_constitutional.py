@@ -52,7 +52,8 @@ SMALL = {
     "helpful": ["args.num_test=8", "args.num_train=24"],
     "revisions": ["data.num_prompts=6", "rollout.num_prompts=6", "num_rounds=2", "truncated=keep"],
     "sl_cai": ["data.rows=2", "loop.steps=2", "optimizer.warmup_steps=0"],
-    "labels": ["sample.data.num_prompts=16", "sample.rollout.num_prompts=16"],
+    # An untrained judge is not sure of anything: hardened, all its labels would be ties.
+    "labels": ["sample.data.num_prompts=16", "sample.rollout.num_prompts=16", "judge.harden=null"],
     "reward": ["data.num_prompts=2", "data.micro_batches=1", "loop.steps=2",
                "optimizer.warmup_steps=0"],
     "rl_cai": ["rollout.num_prompts=2", "rollout.group_size=2", "data.micro_batches=1",
