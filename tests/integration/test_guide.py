@@ -12,6 +12,7 @@ from alignjax.cli.run import check
 from alignjax.core.config import build, loads
 from alignjax.evals.win_rate import CompareConfig
 from alignjax.rewards.constitution import Constitution
+from tests.flags import QUICK
 
 REPO = Path(__file__).resolve().parents[2]
 GUIDE = (REPO / "docs" / "guide.md").read_text(encoding="utf-8")
@@ -39,7 +40,7 @@ def test_it_runs(tmp_path):
         **os.environ,
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "PYTHONPATH": str(REPO),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": QUICK,
     }
     # Files first: a command may refer to one that stands further down.
     for language, name, text in BLOCKS:

@@ -20,6 +20,7 @@ import yaml
 from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes import chains, sevens
 from alignjax.train.metrics import TIMINGS
+from tests.flags import QUICK
 
 # What is compared is read as it stands in the file.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -134,7 +135,7 @@ class Place:
 
     def start(self, *overrides):
         env = os.environ | {
-            "PYTHONPATH": str(REPO), "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(REPO), "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         return subprocess.Popen(
             [sys.executable, "-m", "alignjax", "run", "config.yaml", *overrides],
