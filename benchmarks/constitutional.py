@@ -184,16 +184,19 @@ def label_quality(path: Path) -> dict[str, float]:
 def measure(seed: int, variants: Sequence[str], overrides: list[str], split: str) -> dict[str, Any]:
     start = time.process_time(), time.perf_counter()
     recipe = recipe_of(seed, overrides)
-    folder = run_recipe(recipe, command=COMMAND)
-    noted = folder / "seconds.json"
-    if not noted.exists():
+    folder = Path(recipe.output_dir) / recipe.name
+    is_new, noted = not folder.exists(), folder / "seconds.json"
+    run_recipe(recipe, command=COMMAND)
+    if is_new:  # Of one that was resumed, nobody knows.
         spent = {"cpu": time.process_time() - start[0], "wall": time.perf_counter() - start[1]}
         noted.write_text(json.dumps(spent))
     for variant in variants:
         run_recipe(recipe_of(seed, overrides, variant), command=COMMAND)
     prompts, base = folder / f"world/{split}.jsonl", folder / "base/model"
     sl_cai = folder / "sl_cai/model"
-    result: dict[str, Any] = {"seed": seed, "seconds": json.loads(noted.read_text())}
+    result: dict[str, Any] = {"seed": seed, "seconds": None}
+    if noted.exists():
+        result["seconds"] = json.loads(noted.read_text())
     result["judge"] = judge_accuracy(folder, prompts, recipe)
     result["models"] = {
         "base": summary(base, prompts),
