@@ -17,6 +17,7 @@ from alignjax.models import Model, ModelConfig
 from alignjax.sharding.mesh import MeshConfig, make_mesh
 
 VOCAB = 11
+pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
 
 
 @pytest.fixture(scope="module")

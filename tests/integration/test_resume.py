@@ -21,7 +21,6 @@ from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes import chains, sevens
 from alignjax.text import load_tokenizer
 from alignjax.train.metrics import TIMINGS
-from tests.flags import QUICK
 
 # What is compared is read as it stands in the file.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -150,7 +149,7 @@ class Place:
 
     def start(self, *overrides):
         env = os.environ | {
-            "PYTHONPATH": str(REPO), "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(REPO), "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         return subprocess.Popen(
             [sys.executable, "-m", "alignjax", "run", "config.yaml", *overrides],
@@ -299,7 +298,10 @@ def test_what_the_runs_do_is_worth_resuming(uninterrupted):
     assert '"texts"' in ppo["position"]
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase",
+    [pytest.param(p, marks=pytest.mark.slow) if p in ("lora", "online") else p for p in PHASES],
+)
 def test_killed_at_random_and_during_a_save(tmp_path, uninterrupted, phase):
     place = Place(tmp_path, phase)
     kill_while(place, place.is_saving, after=4)

@@ -13,7 +13,6 @@ import pytest
 
 from alignjax.models import Model, ModelConfig, save
 from alignjax.text import vocab_tokenizer
-from tests.flags import QUICK
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -65,7 +64,7 @@ def test_killed_and_continued_in_a_recipe(tmp_path):
         return subprocess.Popen(
             [sys.executable, "-m", "alignjax", "run", "r.yaml"],
             cwd=tmp_path / folder,
-            env={**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": QUICK},
+            env={**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": ""},
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,

@@ -112,5 +112,5 @@ def test_eight_devices_equal_one(sizes):
     assert experts.addressable_shards[0].data.shape[1] == 4 // sizes[2]
     found = run(many, params, put_batch(batch, mesh))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-4), found, expected
     )

@@ -13,7 +13,6 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from alignjax.sharding import MeshConfig, init_sharded, make_mesh, put_batch, shardings
-from tests.flags import QUICK
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -79,7 +78,7 @@ def test_two_processes():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    flags = f"{QUICK} --xla_force_host_platform_device_count=2"
+    flags = "--xla_force_host_platform_device_count=2"
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", WORKER, str(port)]
     workers = [

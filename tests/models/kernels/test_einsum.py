@@ -73,6 +73,7 @@ def test_the_cap_by_hand():
     assert capped(scores, None) is scores
 
 
+@pytest.mark.usefixtures("compiled_as_for_users")
 @pytest.mark.parametrize("options", [{}, {"windows": (5,), "soft_cap": 2.0}])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
