@@ -108,6 +108,7 @@ def test_the_laptop_recipe_runs_and_ends_in_its_page(tmp_path: Path) -> None:
         f"stages.kept.keep={{accuracy: {anything}}}",
         "stages.kept.data.num_prompts=16",
         "stages.answers.data.num_prompts=38",
+        "stages.base_answers.data.num_prompts=38",
         # Noise alone: of a model that has learned nothing no two answers are of unlike worth.
         "stages.helpful_pairs.args.min_gap=-1.0",
         "stages.safe_pairs.args.min_gap=-1.0",
