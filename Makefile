@@ -30,7 +30,7 @@ test: lint
 
 test-slow: lint
 	@echo "== pytest, long-running tests included"
-	@time $(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "slow or not slow"
+	@time XLA_FLAGS=--xla_backend_optimization_level=3 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "slow or not slow"
 
 lint: .venv/dev.stamp
 	@echo "== ruff check" && time $(PY) -m ruff check .

@@ -16,13 +16,14 @@ from typing import Any
 
 from record import REPO, RESULTS, write
 
-from alignjax.recipes.r1_zero import evaluations
+from alignjax.recipes.r1_zero import evaluations, final
 
 ROWS = {
-    "base": ("zero", 0),
-    "RL": ("zero", -1),
-    "RL, no thinking (control)": ("control", -1),
+    "base": ("zero", 0, "base"),
+    "RL": ("zero", -1, "zero"),
+    "RL, no thinking (control)": ("control", -1, "control"),
 }
+"""Stage and place of an evaluation during training, and the stage whose model is evaluated."""
 
 
 def measure(seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -38,13 +39,19 @@ def measure(seed: int, overrides: list[str]) -> dict[str, Any]:
         noted.write_text(json.dumps((time.perf_counter() - start) / 60))
     minutes = json.loads(noted.read_text()) if noted.exists() else None
     result: dict[str, Any] = {"seed": seed, "minutes": minutes}
-    for name, (stage, index) in ROWS.items():
-        row = evaluations(folder / stage)[index]
+    for name, (stage, index, model) in ROWS.items():
+        row, figures = evaluations(folder / stage)[index], final(folder, model)
         result[name] = {
             "sampled": row["eval/sampled/accuracy"],
             "greedy": row["eval/greedy/accuracy"],
             "length": row["eval/sampled/mean_length"],
+            "pass@1": figures["pass@1"],
+            "maj@16": figures["maj@16"],
+            "reflects": figures["parts"]["reflects"],
         }
+    result["reflects_over_steps"] = [
+        [row["step"], row["eval/sampled/reflects"]] for row in evaluations(folder / "zero")
+    ]
     differences = [
         row["sampling/sampling_logp_difference/max"]
         for line in (folder / "zero" / "metrics.jsonl").read_text().splitlines()

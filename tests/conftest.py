@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.flags import QUICK
+
 # A shell that starts the tests in the background has them ignore Ctrl-C, and their processes too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -14,8 +16,10 @@ REPO = Path(__file__).resolve().parent.parent
 
 # Before anything imports jax: it reads these once.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Of two flags of one name XLA takes the last.
 os.environ["XLA_FLAGS"] = " ".join(
     [
+        QUICK,
         *(f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f),
         "--xla_force_host_platform_device_count=8",
     ]

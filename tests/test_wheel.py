@@ -32,7 +32,11 @@ def test_wheel(tmp_path):
     assert {"smoke", "phases", "recipes"} <= {p.parent.name for p in configs}
     pages = {p.relative_to(REPO) for p in (REPO / "alignjax/web/static").iterdir()}
     assert {".html", ".js", ".css"} <= {p.suffix for p in pages}
-    assert names == {str(p) for p in modules | configs | pages}
+    rewards = REPO / "alignjax/rewards"
+    folders = (rewards / "templates", rewards / "constitutions")
+    texts = {p.relative_to(REPO) for folder in folders for p in folder.iterdir()}
+    assert {".yaml", ".jinja"} == {p.suffix for p in texts}
+    assert names == {str(p) for p in modules | configs | pages | texts}
     shown = subprocess.run(
         [sys.executable, "-m", "alignjax", "run", "smoke/sft", "--print-config"],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},

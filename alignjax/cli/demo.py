@@ -37,6 +37,11 @@ def main(args: argparse.Namespace) -> None:
                 "num_samples and num_shown are at least 1 and greedy is true; alignjax run "
                 "recipes/r1_zero takes any"
             )
+    for name in ("zero", "control", "zero_eval"):
+        if "reflects" not in config.stages[name].rewards.functions:
+            raise UserError(
+                f"stages.{name}.rewards.functions: the demo tells of reflects as well; leave it in"
+            )
 
     from alignjax.cli.runtime import prepare
     from alignjax.recipes import r1_zero

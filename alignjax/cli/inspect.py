@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alignjax.cli.token_view import View
+    from alignjax.phases.corpus import CorpusConfig
     from alignjax.phases.grpo_config import RlConfig
     from alignjax.phases.preference_config import PreferenceConfig
     from alignjax.phases.reward_config import RewardPhaseConfig
-    from alignjax.phases.sft import SftConfig
 
 EXAMPLES = """\
 examples:
@@ -21,14 +21,16 @@ examples:
   alignjax inspect chat.yaml --batch 3 --tokens | less
   alignjax inspect configs/recipes/gsm8k_laptop.yaml --stage grpo
 
-For phase sft it prints rows of the batch, document by document: what is trained is coloured, or
-between brackets where there is no colour (NO_COLOR, a pipe). For phases reward and preference it
-prints comparisons: a prompt, then its responses with their ranks. For phases grpo, ppo and
-online_preference it prints the prompts as the model gets them. No model is loaded. The data of a
-recipe's stage are there once the stages before it have run.
+For phases sft and distill it prints rows of the batch, document by document: what is trained is
+coloured, or between brackets where there is no colour (NO_COLOR, a pipe). For phases reward and
+preference it prints comparisons: a prompt, then its responses with their ranks. For phases grpo,
+ppo, online_preference and online_distill it prints the prompts as the model gets them. No model is
+loaded. The data of a recipe's stage are there once the stages before it have run.
 """
 
-SHOWN = ("sft", "reward", "preference", "grpo", "ppo", "online_preference")
+SHOWN = (
+    "sft", "distill", "reward", "preference", "grpo", "ppo", "online_preference", "online_distill",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,9 +59,9 @@ def main(args: argparse.Namespace) -> None:
     from alignjax.cli.run import check
     from alignjax.cli.token_view import View
     from alignjax.core.config import find_config, load
+    from alignjax.phases.corpus import CorpusConfig
     from alignjax.phases.preference_config import PreferenceConfig
     from alignjax.phases.reward_config import RewardPhaseConfig
-    from alignjax.phases.sft import SftConfig
     from alignjax.text import load_tokenizer
 
     config: Any = _stage(check(load(find_config(args.config), args.overrides)), args.stage)
@@ -69,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
         )
     tokenizer = load_tokenizer(config.tokenizer_source())
     view = View(Console(highlight=False, soft_wrap=True), tokenizer, args.tokens)
-    if isinstance(config, SftConfig):
+    if isinstance(config, CorpusConfig):
         _show_rows(view, config, args.batch, args.rows)
     elif isinstance(config, RewardPhaseConfig | PreferenceConfig):
         _show_comparisons(view, config, args.batch, args.rows)
@@ -104,12 +106,13 @@ def _nth(batches: Iterator[Any], n: int) -> Any:
     return batch
 
 
-def _show_rows(view: View, config: SftConfig, number: int, num_rows: int) -> None:
-    from alignjax.data import training_source
-    from alignjax.phases.sft import sft_rows
+def _show_rows(view: View, config: CorpusConfig, number: int, num_rows: int) -> None:
+    from alignjax.data import sequence_encoder, training_source
+    from alignjax.phases.corpus import text_rows
 
     source = training_source(config.data.train, config.data.text)
-    batches = sft_rows(config, view.tokenizer, source, rows=config.data.rows)
+    encode = sequence_encoder(config.data.text, view.tokenizer)
+    batches = text_rows(config, source, encode, rows=config.data.rows)
     batch = _nth(batches, number)
     rows = {key: value.reshape(-1, value.shape[-1]) for key, value in batch.items()}
     segments, mask = rows["segment_ids"], rows["mask"]

@@ -19,6 +19,7 @@ VERBS = {
     "label": "rank responses on a web page, alone or with others",
     "eval": "measure accuracy: pass@1 with its interval, maj@k, pass@k",
     "compare": "how often one model's completions are preferred to another's",
+    "report": "write a page of what a critique run wrote, to be read",
     "frontier": "draw reward against KL from the reference, of several runs",
     "export": "write a run's model as a Hugging Face directory",
     "tokenizer": "train a sentencepiece vocabulary",

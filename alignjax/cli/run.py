@@ -7,6 +7,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from alignjax.cli.arguments import add_overrides
+
 if TYPE_CHECKING:
     from alignjax.core.config import Config, Tree
 
@@ -25,11 +27,7 @@ Hugging Face directory) and report.png. Ctrl-C saves; the same command continues
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one of ours")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to set otherwise")
-    parser.add_argument(
-        "--print-config", action="store_true",
-        help="print every value and where it came from, and stop",
-    )  # fmt: skip
+    add_overrides(parser)
 
 
 def main(args: argparse.Namespace) -> None:

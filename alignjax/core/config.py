@@ -22,7 +22,7 @@ from alignjax.core.yaml_tree import Key, Tree, dotted, dump, load, loads, scalar
 
 __all__ = [
     "Config", "DirectoryName", "Tree", "build", "check_name", "describe", "diff", "dump",
-    "find_config", "load", "loads", "to_dict",
+    "find_config", "load", "loads", "shipped_configs", "to_dict",
 ]  # fmt: skip
 
 
@@ -102,15 +102,7 @@ def find_config(name: str | Path) -> Path:
         raise UserError(f"{name} is a directory; expected a YAML file{hint}")
     if path.exists():
         return path
-    package = Path(__file__).resolve().parent.parent
-    # An installed wheel holds them inside the package; a checkout beside it.
-    folders = [f for f in (package / "configs", package.parent / "configs") if f.is_dir()]
-    wanted = re.sub(r"^configs/|\.ya?ml$", "", path.as_posix())
-    known = {
-        file.relative_to(folder).with_suffix("").as_posix(): file
-        for folder in folders
-        for file in sorted(folder.rglob("*.yaml"))
-    }
+    wanted, known = re.sub(r"^configs/|\.ya?ml$", "", path.as_posix()), shipped_configs()
     if wanted in known:
         return known[wanted]
     by_stem = [file for file in known.values() if file.stem == wanted]
@@ -119,6 +111,18 @@ def find_config(name: str | Path) -> Path:
     close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
     raise UserError(f"{name}: no such config file; {hint}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that ship with the library, by their names (`smoke/sft`)."""
+    package = Path(__file__).resolve().parent.parent
+    # An installed wheel holds them inside the package; a checkout beside it.
+    folders = [f for f in (package / "configs", package.parent / "configs") if f.is_dir()]
+    return {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for folder in folders
+        for file in sorted(folder.rglob("*.yaml"))
+    }
 
 
 def _is_flow(value: Any) -> bool:

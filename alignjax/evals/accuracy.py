@@ -7,11 +7,19 @@ worth between P and P n independent ones. NumPy only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 
-from alignjax.core.intervals import Z95, clustered_interval
+from alignjax.core.intervals import (
+    Z95,
+    Mean,
+    bootstrap_interval,
+    clustered_interval,
+    ends_as_json,
+)
 
 
 @dataclass(frozen=True)
@@ -24,10 +32,35 @@ class Estimate:
     num_problems: int
     num_samples: int
     """Samples of each problem."""
+    values: np.ndarray = field(repr=False, compare=False)
+    """[P] float64; of each problem."""
+
+    @classmethod
+    def of(cls, values: np.ndarray, num_samples: int, k: int = 1) -> Self:
+        """The mean of P values in [0, 1], with `clustered_interval`.
+
+        Args:
+          values: [P] float64.
+          num_samples: behind each value, k of them at a time.
+        """
+        low, high = clustered_interval(values, num_samples // k)
+        return cls(float(np.mean(values)), low, high, len(values), num_samples, values)
+
+    @cached_property
+    def bootstrap(self) -> tuple[float, float]:
+        """`bootstrap_interval` over the problems."""
+        return bootstrap_interval(self.values)
+
+    def as_json(self) -> dict[str, Any]:
+        """The mean, and both intervals: `low` and `high`, and `bootstrap`."""
+        mean = Mean(self.mean, self.low, self.high)
+        return {**mean.as_json(), "bootstrap": ends_as_json(self.bootstrap)}
 
     def __str__(self) -> str:
+        low, high = (100 * end for end in self.bootstrap)
+        boot = f", bootstrap [{low:.1f}, {high:.1f}]" if self.num_problems > 1 else ""
         return (
-            f"{100 * self.mean:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}] "
+            f"{100 * self.mean:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]{boot} "
             f"({self.num_problems} problems x {self.num_samples})"
         )
 
@@ -41,7 +74,7 @@ def pass_at_1(correct: np.ndarray) -> Estimate:
       The mean over problems of the share of right samples, with `clustered_interval`.
     """
     correct = _matrix(correct)
-    return _estimate(correct.mean(axis=1), correct.shape[1])
+    return Estimate.of(correct.mean(axis=1), correct.shape[1])
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> Estimate:
@@ -60,7 +93,7 @@ def pass_at_k(correct: np.ndarray, k: int) -> Estimate:
     # C(n-c, k) / C(n, k) = prod over j < k of (n-c-j) / (n-j), which is 0 once n-c < k
     j = np.arange(k)
     all_wrong = np.prod(np.maximum(num_wrong[:, None] - j, 0) / (n - j), axis=1)
-    return _estimate(1.0 - all_wrong, n, k)
+    return Estimate.of(1.0 - all_wrong, n, k)
 
 
 def maj_at_k(answers: Sequence[Sequence[str | None]], correct: np.ndarray, k: int) -> Estimate:
@@ -85,7 +118,7 @@ def maj_at_k(answers: Sequence[Sequence[str | None]], correct: np.ndarray, k: in
         np.mean([_majority(row[s : s + k], right[s : s + k]) for s in starts])
         for row, right in zip(answers, correct, strict=True)
     ]
-    return _estimate(np.array(values), n, k)
+    return Estimate.of(np.array(values), n, k)
 
 
 def paired_difference(before: np.ndarray, after: np.ndarray) -> Estimate:
@@ -109,12 +142,7 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> Estimate:
     center = d.sum() / (P + 2)
     half = Z95 * np.sqrt(((d**2).sum() + 1) / (P + 2) - center**2) / np.sqrt(P + 2)
     low, high = max(-1.0, center - half), min(1.0, center + half)
-    return Estimate(float(d.mean()), float(low), float(high), P, after.shape[1])
-
-
-def _estimate(values: np.ndarray, n: int, k: int = 1) -> Estimate:
-    low, high = clustered_interval(values, n // k)
-    return Estimate(float(values.mean()), low, high, len(values), n)
+    return Estimate(float(d.mean()), float(low), float(high), P, after.shape[1], d)
 
 
 def _matrix(correct: np.ndarray, k: int = 1) -> np.ndarray:

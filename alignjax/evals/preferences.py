@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from alignjax.core import digest
 from alignjax.core.config import Config
 from alignjax.core.errors import UserError
-from alignjax.core.intervals import clustered_interval
 from alignjax.core.types import Tokenizer
 from alignjax.data import (
     LAYOUTS,
@@ -27,6 +26,8 @@ from alignjax.data import (
 from alignjax.data.comparisons import ranked_pairs
 from alignjax.data.pipeline import fits, located
 from alignjax.evals.accuracy import Estimate
+from alignjax.evals.provenance import Provenance, prompt_values, provenance
+from alignjax.evals.results import write_results
 
 ScoreIds = Callable[[Sequence[np.ndarray]], np.ndarray]
 """Texts as ids, [length] int32 each -> [N] their scores; such as `RewardModel.score_ids`."""
@@ -35,6 +36,9 @@ ScoreIds = Callable[[Sequence[np.ndarray]], np.ndarray]
 class PreferenceEvalConfig(Config):
     """What to measure. The config of a reward run has all of it but the model."""
 
+    kind: Literal["preference"] = "preference"
+    task: str | None = None
+    """A name for what is measured, kept with the figures."""
     model: str
     """A reward model's directory, such as runs/NAME/model."""
     preferences: str | list[str]
@@ -70,13 +74,14 @@ class Agreement:
     """Preferences left out as too long."""
     records: list[dict[str, Any]]
     """One for each preference: `prompt`, `responses`, `scores` and `accuracy`."""
+    digests: list[str]
+    """Of each preference: its prompt, and which response is better than which."""
 
     def as_json(self) -> dict[str, Any]:
-        a = self.accuracy
         return {
-            "accuracy": {"mean": a.mean, "low": a.low, "high": a.high},
+            "accuracy": self.accuracy.as_json(),
             "margin": self.margin,
-            "num_preferences": a.num_problems,
+            "num_preferences": self.accuracy.num_problems,
             "num_pairs": self.num_pairs,
             "num_left_out": self.num_left_out,
             "num_dropped": self.num_dropped,
@@ -144,23 +149,32 @@ def agreement(
             }
         )
     most = max(len(pairs) for _, pairs, _ in found)
-    low, high = clustered_interval(np.array(values), most)
     return Agreement(
-        Estimate(float(np.mean(values)), low, high, len(values), most),
+        Estimate.of(np.array(values), most),
         margin=float(np.mean(margins)),
         num_pairs=len(margins),
         num_left_out=num_left_out,
         num_dropped=num_dropped,
         records=records,
+        digests=[digest.of_value([prompt, pairs]) for prompt, pairs, _ in found],
     )
 
 
-def write_agreement(found: Agreement, folder: Path) -> None:
-    """eval.json with the figures, and eval_samples.jsonl with every score."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found.as_json(), indent=2) + "\n"
-    (folder / "eval.json").write_text(text, encoding="utf-8")
-    with (folder / "eval_samples.jsonl").open(
-        "w", encoding="utf-8", errors="backslashreplace"
-    ) as file:
-        file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in found.records)
+def made_of(config: PreferenceEvalConfig, found: Agreement) -> Provenance:
+    """What an agreement depends on."""
+    return provenance(
+        task=config.task,
+        models={"model": config.model},
+        data=config.preferences,
+        problems=found.digests,
+        prompt=prompt_values(config.text),
+        sampling=None,
+        scoring={},
+    )
+
+
+def write_agreement(found: Agreement, folder: Path, made_of: Provenance | None = None) -> None:
+    """eval.json with the figures, eval_problems.jsonl with those of each preference, and
+    eval_samples.jsonl with every score."""
+    problems = {"accuracy": found.accuracy.values}
+    write_results(folder, found.as_json(), found.records, problems, made_of)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from alignjax.core.config import Config
 from alignjax.core.errors import UserError
 from alignjax.core.precision import compute_dtype
-from alignjax.core.types import Sampling, ScoreFn
+from alignjax.core.types import Sample, Sampling, ScoreFn
 from alignjax.data import TextConfig
-from alignjax.generate import make_generate
+from alignjax.evals.arithmetic import Arithmetic
+from alignjax.generate import make_generate, make_sequence_logps
 from alignjax.models import load, load_eos_ids
 from alignjax.rewards.combine import RewardConfig
-from alignjax.rewards.rollout import Rollouts, Task, rollout
+from alignjax.rewards.rollout import Rollouts, Task, no_scores, rollout
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.text import HFTokenizer, check_fits, load_tokenizer, stop_ids
+
+_SHORTEST_ROW = 64
 
 MakeRewards = Callable[[RewardConfig, HFTokenizer, Mesh], AbstractContextManager[ScoreFn]]
 """What makes a ScoreFn of a config, the policy's tokenizer and the devices of reward models."""
@@ -29,10 +34,16 @@ MakeRewards = Callable[[RewardConfig, HFTokenizer, Mesh], AbstractContextManager
 class SamplingConfig(Config):
     """Which prompts, and how they are sampled."""
 
-    data: str | list[str]
+    data: str | list[str] | Arithmetic
+    """Records, as of data.train of sft; or `{generate: arithmetic}`, problems that are made."""
     text: TextConfig
+    shots: list[dict[str, JsonValue]] = []
+    """Worked examples that stand before each problem: records with the keys that text.fields reads
+    for a prompt and a completion."""
+    shot_separator: str = "\n\n"
+    """Between them, where the prompt is plain text."""
     num_problems: int | None = Field(None, ge=1)
-    """The first so many; all if not given."""
+    """The first so many records; all if not given."""
     num_samples: int = Field(8, ge=1)
     """Samples of each problem (n)."""
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
@@ -44,6 +55,9 @@ class SamplingConfig(Config):
     max_tokens: int = Field(256, ge=1)
     stop_tokens: list[str] = []
     """Tokens that end a completion, besides EOS and what the model's directory lists as such."""
+    until: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts at which a completion is cut before it is judged, such as "Question:": base models go
+    on with a problem of their own. Reward models read it whole."""
     max_rows: int = Field(1024, ge=1)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products. auto: bfloat16 on TPU and GPU, float32 on CPU."""
@@ -60,7 +74,7 @@ class Sampler:
         Raises:
           UserError: if either cannot be read.
         """
-        self._path, self._config = path, config
+        self.path, self._config = path, config
         self.mesh = make_mesh(MeshConfig())
         dtype = compute_dtype(config.compute_dtype, self.mesh.devices.flat[0].platform)
         self._model, self._params = load(path, mesh=self.mesh, compute_dtype=dtype)
@@ -68,7 +82,7 @@ class Sampler:
         check_fits(self.tokenizer, self._model.config.vocab_size, tokenizer or path)
 
     def sample(self, tasks: Sequence[Task], score: ScoreFn) -> Rollouts:
-        """n completions of each prompt, the same ones each time.
+        """n completions of each prompt, the same ones each time, cut at `until`.
 
         Raises:
           UserError: if a prompt and max_tokens exceed the model's context.
@@ -78,7 +92,7 @@ class Sampler:
         context = self._model.config.max_position_embeddings
         if longest + config.max_tokens > context:
             raise UserError(
-                f"{self._path}: a prompt of {longest} tokens and max_tokens={config.max_tokens} "
+                f"{self.path}: a prompt of {longest} tokens and max_tokens={config.max_tokens} "
                 f"exceed the model's context of {context}; lower max_tokens"
             )
         sampling = Sampling(
@@ -86,12 +100,12 @@ class Sampler:
             top_k=config.top_k,
             top_p=config.top_p,
             max_tokens=config.max_tokens,
-            stop_tokens=stop_ids(self.tokenizer, config.stop_tokens, load_eos_ids(self._path)),
+            stop_tokens=stop_ids(self.tokenizer, config.stop_tokens, load_eos_ids(self.path)),
             num_samples=config.num_samples,
         )
-        return rollout(
+        out = rollout(
             make_generate(self._model, mesh=self.mesh, max_rows=config.max_rows),
-            score,
+            no_scores,
             self.tokenizer,
             self._params,
             tasks,
@@ -99,3 +113,41 @@ class Sampler:
             sampling,
             prompt_len=config.max_prompt_tokens,
         )
+        samples = [_cut(sample, config.until) for sample in out.samples]
+        return dataclasses.replace(out, samples=samples, scores=score(samples))
+
+    def logps(self, texts: list[np.ndarray], num_targets: np.ndarray) -> np.ndarray:
+        """[N] float64, nats: the log-prob of the last `num_targets` tokens of each text, at
+        temperature 1.
+
+        Raises:
+          UserError: if a text exceeds the model's context, or a log-prob is not finite.
+        """
+        longest = max(map(len, texts))
+        context = self._model.config.max_position_embeddings
+        if longest > context:
+            raise UserError(
+                f"{self.path}: a prompt and what follows have {longest} tokens, more than the "
+                f"model's context of {context}; lower max_prompt_tokens, and leave out longer "
+                "prompts (overlong: drop)"
+            )
+        row_len = _SHORTEST_ROW
+        while row_len < longest:
+            row_len *= 2
+        logps = make_sequence_logps(
+            self._model, self.mesh, row_len=min(row_len, context), temperature=1.0
+        )
+        found = logps(self._params, texts, num_targets)
+        if not np.isfinite(found).all():
+            raise UserError(
+                f"{self.path}: a log-prob is not finite: the weights hold nan or inf, or are too "
+                f"large for compute_dtype={self._config.compute_dtype}"
+            )
+        return found
+
+
+def _cut(sample: Sample, until: Sequence[str]) -> Sample:
+    starts = [at for text in until if (at := sample.completion.find(text)) >= 0]
+    if not starts:
+        return sample
+    return dataclasses.replace(sample, completion=sample.completion[: min(starts)])

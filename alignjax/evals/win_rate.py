@@ -6,47 +6,41 @@ tend to prefer what stands in one of the two places.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
+from jax.sharding import Mesh
 from pydantic import Field, model_validator
 
-from alignjax.core.config import Config
+from alignjax.core.config import to_dict
 from alignjax.core.errors import UserError
-from alignjax.core.intervals import clustered_interval
-from alignjax.core.types import Sample, Score, ScoreFn
-from alignjax.data import Example, Examples, open_source, prompt_encoder
-from alignjax.data.pipeline import fits, located
+from alignjax.core.intervals import or_null, row_means
+from alignjax.core.types import Sample
 from alignjax.evals.accuracy import Estimate
+from alignjax.evals.problems import Problems, open_problems, shot_encoder
+from alignjax.evals.provenance import Provenance, model_digest, prompt_values, provenance
+from alignjax.evals.results import write_results
 from alignjax.evals.sampler import MakeRewards, Sampler, SamplingConfig
-from alignjax.rewards.combine import FunctionConfig, RewardConfig
-from alignjax.rewards.pool import RewardPool
-from alignjax.rewards.rollout import Rollouts, Task, joined
+from alignjax.rewards.combine import RewardConfig
+from alignjax.rewards.judge import Judge, Pair, Verdict
+from alignjax.rewards.judge_config import JudgeConfig
+from alignjax.rewards.rollout import Rollouts, joined, no_scores
+from alignjax.sharding import MeshConfig, make_mesh
 
-
-class JudgeConfig(Config):
-    """A function that compares two completions.
-
-    `judge(prompt, first, second, **fields)` returns the probability, from 0 to 1, that `first` is
-    the better one. It is found, called and stopped like a reward function.
-    """
-
-    function: str
-    """`package.module:function`, `package.module.function` or `path/to/file.py:function`."""
-    args: dict[str, Any] = {}
-    """Its options, by name."""
-    timeout_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
-    """Limit on one call, in seconds."""
-    num_workers: int = Field(default=2, ge=1)
+MakeJudge = Callable[[JudgeConfig, Mesh], AbstractContextManager[Judge]]
+"""What makes a judge of a config and the devices of a judging model."""
 
 
 class CompareConfig(SamplingConfig):
     """Two models, prompts, and what compares their completions."""
 
+    kind: Literal["win_rate"] = "win_rate"
+    task: str | None = None
+    """A name for what is measured, kept with the figures."""
     a: str
     """A Hugging Face directory, such as runs/NAME/model, or an id of the Hub."""
     b: str
@@ -71,7 +65,8 @@ class Verdicts(NamedTuple):
     a_is_better: np.ndarray
     """Probability that the completion of a is better: 1, 0, or 1/2 for a tie."""
     first_is_better: np.ndarray | None = None
-    """A judge's mean over both orders for what stood first; 1/2 if places do not matter."""
+    """A judge's mean over both orders for what stood first; 1/2 if places do not matter. None if
+    one order alone was asked."""
     orders_agree: np.ndarray | None = None
     """1 where a judge prefers the same completion in both orders, else 0."""
 
@@ -83,6 +78,7 @@ class Compared:
     a: Rollouts
     b: Rollouts
     verdicts: Verdicts
+    made_of: Provenance | None = None
 
     @property
     def win_rate(self) -> Estimate:
@@ -96,7 +92,7 @@ class Compared:
         longer = np.sign(lengths[0] - lengths[1])
         unequal = known & (longer != 0)
         figures: dict[str, Any] = {
-            "win_rate": _as_json(self.win_rate),
+            "win_rate": self.win_rate.as_json(),
             "wins": int((p > 0.5).sum()),
             "ties": int((p == 0.5).sum()),
             "losses": int((p < 0.5).sum()),
@@ -109,9 +105,9 @@ class Compared:
             of_longer = np.where(longer > 0, p, 1 - p)
             figures["longer_is_preferred"] = float(of_longer[unequal].mean())
         if self.verdicts.first_is_better is not None:
-            figures["first_is_preferred"] = _as_json(_estimate(self.verdicts.first_is_better))
+            figures["first_is_preferred"] = _estimate(self.verdicts.first_is_better).as_json()
         if self.verdicts.orders_agree is not None:
-            figures["orders_agree"] = _as_json(_estimate(self.verdicts.orders_agree))
+            figures["orders_agree"] = _estimate(self.verdicts.orders_agree).as_json()
         return figures
 
     def records(self) -> list[dict[str, Any]]:
@@ -124,8 +120,8 @@ class Compared:
                 "prompt": a["prompt"],
                 "a": {key: value for key, value in a.items() if key in _SIDE},
                 "b": {key: value for key, value in b.items() if key in _SIDE},
-                "a_is_better": _or_null(flat[0][i]),  # type: ignore[index]
-                **({} if flat[1] is None else {"first_is_better": _or_null(flat[1][i])}),
+                "a_is_better": or_null(flat[0][i]),  # type: ignore[index]
+                **({} if flat[1] is None else {"first_is_better": or_null(flat[1][i])}),
             }
             for i, (a, b) in enumerate(both)
         ]
@@ -134,18 +130,19 @@ class Compared:
 _SIDE = ("completion", "reward", "parts", "num_tokens", "is_truncated", "error")
 
 
-def compare(config: CompareConfig, make_rewards: MakeRewards) -> Compared:
+def compare(config: CompareConfig, make_rewards: MakeRewards, make_judge: MakeJudge) -> Compared:
     """Samples the same prompts from both models and has their completions compared.
 
-    One model is on the devices at a time.
+    One model is on the devices at a time; a judge, if it is one, is the last.
 
     Args:
       make_rewards: such as `phases.scoring.Rewards`.
+      make_judge: such as `phases.judges.open_judge`.
     Raises:
       UserError: if a model cannot be read, no prompt fits, or every comparison failed.
     """
-    source = Examples(open_source(config.data), config.text.fields)
-    found = [_sampled(path, config, source, make_rewards) for path in (config.a, config.b)]
+    problems = Problems(open_problems(config.data), config.text.fields, config.num_problems)
+    found = [_sampled(path, config, problems, make_rewards) for path in (config.a, config.b)]
     both = sorted(found[0].keys() & found[1].keys())
     if not both:
         raise UserError("data: every prompt is too long and was dropped; allow more tokens")
@@ -153,12 +150,26 @@ def compare(config: CompareConfig, make_rewards: MakeRewards) -> Compared:
     if config.judge is None:
         verdicts = by_reward(a.rewards, b.rewards)
     else:
-        with RewardPool(_as_rewards(config.judge)) as judge:
-            verdicts = by_judge(a, b, judge)
+        with make_judge(config.judge, make_mesh(MeshConfig())) as judge:
+            verdicts = by_judge(a, b, judge.pairwise)
     if not np.isfinite(verdicts.a_is_better).any():
         errors = [s.error for out in (a, b) for s in out.scores if s.error is not None]
         raise UserError(f"every comparison failed{': ' + errors[0] if errors else ''}")
-    return Compared(a, b, verdicts)
+    made_of = provenance(
+        task=config.task,
+        models={"model": config.a},
+        data=config.model_dump(mode="json")["data"],
+        problems=[problems.digest(i) for i in both],
+        prompt=prompt_values(config.text, shots=config.shots, separator=config.shot_separator),
+        sampling=config,
+        scoring={
+            "rewards": None if config.rewards is None else to_dict(config.rewards),
+            # Where its answers are kept does not change them.
+            "judge": None if config.judge is None else to_dict(config.judge) | {"cache": None},
+            "against": {"path": config.b, "digest": model_digest(config.b)},
+        },
+    )
+    return Compared(a, b, verdicts, made_of)
 
 
 def by_reward(a: np.ndarray, b: np.ndarray) -> Verdicts:
@@ -167,103 +178,60 @@ def by_reward(a: np.ndarray, b: np.ndarray) -> Verdicts:
     return Verdicts(np.where(np.isfinite(a) & np.isfinite(b), p, np.nan))
 
 
-def by_judge(a: Rollouts, b: Rollouts, judge: ScoreFn) -> Verdicts:
-    """Asks the judge twice about each pair, in both orders, and takes the mean.
+def by_judge(
+    a: Rollouts, b: Rollouts, judge: Callable[[Sequence[Pair]], Sequence[Verdict]]
+) -> Verdicts:
+    """The one that the judge prefers.
 
     Args:
-      judge: gives the probability that the field `first` of a sample is better than `second`.
+      judge: such as `Judge.pairwise`; `first` is the completion of a.
     Raises:
-      UserError: if it gives anything but a number from 0 to 1.
+      UserError: if it has no verdict on any pair.
     """
-    pairs = list(zip(a.samples, b.samples, strict=True))
-    asked = [_question(x, y) for x, y in pairs] + [_question(y, x) for x, y in pairs]
-    said = judge(asked)
-    for score in said:
-        if score.value is not None and not 0 <= score.value <= 1:
-            raise UserError(
-                f"judge: {score.value} is no probability; expected a number from 0 to 1: how "
-                "probable it is that `first` is better than `second`"
-            )
-    if all(score.value is None for score in said):
+    said = judge([_pair(x, y) for x, y in zip(a.samples, b.samples, strict=True)])
+    if all(verdict.value is None for verdict in said):
         raise UserError(f"judge: every call failed: {said[0].error}")
-    values = np.array([np.nan if s.value is None else s.value for s in said])
-    a_first, b_first = values.reshape(2, *a.rewards.shape)
-    known = np.isfinite(a_first) & np.isfinite(b_first)
-    agree = np.sign(a_first - 0.5) == np.sign(0.5 - b_first)
-    return Verdicts(
-        a_is_better=(a_first + 1 - b_first) / 2,
-        first_is_better=(a_first + b_first) / 2,
-        orders_agree=np.where(known, agree, np.nan),
+    shape = a.rewards.shape
+    value = np.array([np.nan if v.value is None else v.value for v in said]).reshape(shape)
+    if not any(len(verdict.places) == 2 for verdict in said):
+        return Verdicts(value)
+    missing = (np.nan, np.nan)
+    places = np.array([v.places or missing for v in said]).reshape(*shape, 2)
+    agree = np.sign(places[..., 0] - 0.5) == np.sign(0.5 - places[..., 1])
+    known = np.isfinite(places).all(-1)
+    return Verdicts(value, places.mean(-1), np.where(known, agree, np.nan))
+
+
+def write_comparison(comparison: Compared, folder: Path, *, name: str = "compare") -> None:
+    """NAME.json with the figures, NAME_problems.jsonl with the win rate of each prompt, and
+    NAME_samples.jsonl with every pair."""
+    problems = {"win_rate": row_means(comparison.verdicts.a_is_better)}
+    write_results(
+        folder, comparison.as_json(), comparison.records(), problems, comparison.made_of, name=name
     )
 
 
-def write_comparison(comparison: Compared, folder: Path) -> None:
-    """compare.json with the figures, and compare_samples.jsonl with every pair."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(comparison.as_json(), indent=2) + "\n"
-    (folder / "compare.json").write_text(text, encoding="utf-8")
-    samples = folder / "compare_samples.jsonl"
-    # Half of a surrogate pair is no UTF-8; escaped, it is JSON.
-    with samples.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for record in comparison.records():
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
 def _sampled(
-    path: str, config: CompareConfig, source: Examples, make_rewards: MakeRewards
+    path: str, config: CompareConfig, problems: Problems, make_rewards: MakeRewards
 ) -> dict[int, Rollouts]:
     """Place of a prompt -> its completions; without those that are too long for this model."""
     sampler = Sampler(path, config)
-    encode = prompt_encoder(config.text, sampler.tokenizer)
-
-    def task(example: Example) -> Task:
-        return Task(encode(example), example.reference, example.fields)
-
-    tasks: dict[int, Task] = {}
-    for i in range(min(config.num_problems or len(source), len(source))):
-        one = located(source, i, task)
-        if not len(one.tokens):
-            raise UserError(f"{source.where(i)}: the prompt has no tokens")
-        if fits(source, i, len(one.tokens), config.max_prompt_tokens, config.overlong):
-            tasks[i] = one
-    if not tasks:
-        return {}
+    encode = shot_encoder(config.text, config.shots, config.shot_separator, sampler.tokenizer)
+    tasks = problems.tasks(encode, max_tokens=config.max_prompt_tokens, overlong=config.overlong)
     if config.rewards is None:
-        out = sampler.sample([*tasks.values()], _unscored)
+        out = sampler.sample([*tasks.values()], no_scores)
     else:
         with make_rewards(config.rewards, sampler.tokenizer, sampler.mesh) as score:
             out = sampler.sample([*tasks.values()], score)
     return dict(zip(tasks, out.by_task(), strict=True))
 
 
-def _question(first: Sample, second: Sample) -> Sample:
-    fields = {**first.fields, "first": first.completion, "second": second.completion}
-    return Sample(first.prompt, first.completion, first.reference, fields, first.num_tokens)
-
-
-def _as_rewards(judge: JudgeConfig) -> RewardConfig:
-    function = FunctionConfig(function=judge.function, args=judge.args)
-    return RewardConfig(
-        functions={"judge": function}, timeout_s=judge.timeout_s, num_workers=judge.num_workers
-    )
-
-
-def _unscored(samples: Sequence[Sample]) -> list[Score]:
-    return [Score(None)] * len(samples)
+def _pair(a: Sample, b: Sample) -> Pair:
+    record = {**a.fields, "reference": a.reference}
+    return Pair(a.prompt, a.completion, b.completion, record=record)
 
 
 def _estimate(values: np.ndarray) -> Estimate:
     """Of the mean over prompts, each the mean of its pairs; those without a verdict left out."""
-    known = np.isfinite(values)
-    rows = known.any(1)
-    means = np.where(known, values, 0.0).sum(1)[rows] / known.sum(1)[rows]
-    low, high = clustered_interval(means, values.shape[1])
-    return Estimate(float(means.mean()), low, high, len(means), values.shape[1])
-
-
-def _as_json(estimate: Estimate) -> dict[str, float]:
-    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-
-
-def _or_null(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    means = row_means(values)
+    return Estimate.of(means[np.isfinite(means)], values.shape[1])

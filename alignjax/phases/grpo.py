@@ -142,7 +142,7 @@ class Grpo:
                 break
         failed = self._sampler.check([score for r in rounds for score in r.scores])
         sequences, metrics = self._sequences(state, rounds)
-        warnings = [*(self._sampler.rewards.warnings if step == 0 else ()), *failed]
+        warnings = [*(self._sampler.warnings if step == 0 else ()), *failed]
         shown = shown_first(rounds[0], self._sampling.num_samples)
         return state, Collected(
             batches=self._batches(state, sequences, step),

@@ -86,7 +86,7 @@ class OnlinePreference:
             | metrics
             | {"epoch": records.epoch, "num_dropped": records.num_dropped},
             samples=found.records(shown_first(found, sampling.num_samples)),
-            warnings=[*(self._sampler.rewards.warnings if step == 0 else ()), *failed],
+            warnings=[*(self._sampler.warnings if step == 0 else ()), *failed],
         )
 
     def _batches(self, elements: list[Element], step: int) -> Iterator[Batch]:

@@ -147,7 +147,7 @@ class Ppo:
         key = named_key(state.key, "rollout", step)
         prompts, sampling = next(records.prompts), self._sampler.sampling
         rollouts = self._sampler(params["policy"], prompts, key, sampling)
-        warnings = list(self._sampler.rewards.warnings) if step == 0 else []
+        warnings = list(self._sampler.warnings) if step == 0 else []
         warnings += self._sampler.check(rollouts.scores)
         metrics = sample_metrics([rollouts])
         metrics["val/num_eos_tokens"] = float((~rollouts.is_truncated).sum())

@@ -22,6 +22,7 @@ from alignjax.data import Example, Examples
 from alignjax.phases.produce import State
 from alignjax.phases.reject_config import RejectConfig
 from alignjax.phases.responses import Responses, demonstration
+from alignjax.rewards.combine import names_for
 from alignjax.rewards.plain import to_json
 from alignjax.train.metrics import replace_file
 
@@ -179,7 +180,10 @@ def rejected(config: RejectConfig, sample: Sample, score: Score) -> str | None:
         return "num_truncated"
     if not sample.completion.strip():
         return "num_empty"
+    rewards = names_for(config.rewards.by_name, sample.fields)
     for name, threshold in config.keep.items():
+        if name.partition("/")[0] not in rewards:
+            continue
         if name not in score.parts:
             raise UserError(
                 f"keep: no reward gave a part {name!r}; there are {', '.join(score.parts)}"

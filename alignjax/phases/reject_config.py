@@ -40,7 +40,8 @@ class RejectConfig(ResponsesConfig):
     """What the completions are judged by. A weight matters only where max_per_prompt chooses."""
     keep: dict[str, Threshold] = Field(min_length=1)
     """By the name of a reward, or NAME/PART for a part of one, what a completion must reach, such
-    as `{accuracy: {at_least: 1.0}}`. One that fails several is counted under the first."""
+    as `{accuracy: {at_least: 1.0}}`. One that fails several is counted under the first. That of a
+    reward which is for some prompts alone (`where`) holds for these."""
     max_per_prompt: int | None = Field(None, ge=1)
     """Completions that are kept of each prompt, at most, those of the highest reward, so that easy
     prompts do not crowd out the others; null: all."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -12,14 +12,23 @@ from jax.sharding import Mesh
 from alignjax.core.errors import UserError
 from alignjax.core.keys import named_key
 from alignjax.core.precision import compute_dtype
-from alignjax.core.types import Sample, Sampling, Score
-from alignjax.data import Example, Examples, Prompt, Source, examples, open_source, prompt_encoder
+from alignjax.core.types import Sampling
+from alignjax.data import (
+    Example,
+    Examples,
+    Prompt,
+    Source,
+    TextOptions,
+    examples,
+    open_source,
+    prompt_encoder,
+)
 from alignjax.generate import make_generate
 from alignjax.models import load, load_eos_ids
 from alignjax.phases.sample_config import ResponsesConfig
 from alignjax.phases.scoring import Rewards
 from alignjax.rewards.combine import RewardConfig, too_many_failures
-from alignjax.rewards.rollout import Rollouts, Task, rollout
+from alignjax.rewards.rollout import Rollouts, Task, no_scores, rollout
 from alignjax.text import check_fits, load_tokenizer, stop_ids
 
 Position = dict[str, Any]
@@ -130,7 +139,7 @@ class Responses:
         tasks = [Task(p.tokens, p.example.reference, p.example.fields) for p in prompts]
         key = named_key(jax.random.key(self._config.seed), "sample", num_done)
         out = rollout(
-            self._generate, self.rewards or _no_scores, self._tokenizer, self._params, tasks, key,
+            self._generate, self.rewards or no_scores, self._tokenizer, self._params, tasks, key,
             self._sampling, prompt_len=self._config.rollout.max_prompt_tokens,
         )  # fmt: skip
         if self.rewards is not None:
@@ -141,17 +150,23 @@ class Responses:
 
     def written(self, example: Example) -> str | list[dict[str, Any]]:
         """A prompt as records have it: text or messages (`prompts_as`)."""
-        text, way = self._config.data.text, self._config.prompts_as
-        if example.messages is not None:
-            messages = list(example.messages)
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            return messages
-        prompt = example.prompt or ""
-        if way == "text" or (way == "seen" and not text.chat):
-            return prompt
-        system = [{"role": "system", "content": text.system}] if text.system is not None else []
-        return [*system, {"role": "user", "content": prompt}]
+        return written_prompt(example, self._config.data.text, self._config.prompts_as)
+
+
+def written_prompt(
+    example: Example, text: TextOptions, way: Literal["seen", "text", "messages"] = "seen"
+) -> str | list[dict[str, Any]]:
+    """The prompt of an example as text or as messages; `way` as `prompts_as` of a config."""
+    if example.messages is not None:
+        messages = list(example.messages)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        return messages
+    prompt = example.prompt or ""
+    if way == "text" or (way == "seen" and not text.chat):
+        return prompt
+    system = [{"role": "system", "content": text.system}] if text.system is not None else []
+    return [*system, {"role": "user", "content": prompt}]
 
 
 def demonstration(prompt: str | list[dict[str, Any]], response: str) -> dict[str, Any]:
@@ -159,7 +174,3 @@ def demonstration(prompt: str | list[dict[str, Any]], response: str) -> dict[str
     if isinstance(prompt, str):
         return {"prompt": prompt, "completion": response}
     return {"messages": [*prompt, {"role": "assistant", "content": response}]}
-
-
-def _no_scores(samples: Sequence[Sample]) -> list[Score]:
-    return [Score(None)] * len(samples)

@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from alignjax.core.errors import UserError
-from alignjax.core.types import Maximum, Minimum, Params, Sampling, Score
+from alignjax.core.types import Maximum, Minimum, Params, Sampling, Score, ScoreFn
 from alignjax.data import (
     Examples,
     Prompt,
@@ -31,7 +31,7 @@ from alignjax.phases.common import Policy, rows_per_process, score_tokens
 from alignjax.phases.grpo_config import RlConfig
 from alignjax.phases.scoring import Rewards
 from alignjax.rewards.combine import too_many_failures
-from alignjax.rewards.rollout import Rollouts, Task, rollout
+from alignjax.rewards.rollout import Rollouts, Task, no_scores, rollout
 from alignjax.sharding import batch_shards
 from alignjax.text import stop_ids
 from alignjax.train.loop import StopRunError
@@ -46,7 +46,8 @@ class Sampler:
 
     Attributes:
       sampling: of the rollouts.
-      rewards: a `ScoreFn`.
+      rewards: a `ScoreFn`; where the config has none, no sample has a score.
+      warnings: sentences for the user.
     """
 
     def __init__(self, config: RlConfig, policy: Policy, mesh: Mesh):
@@ -68,11 +69,15 @@ class Sampler:
         self._train = self._source(config.data.train)
         self._held_out = None if config.data.eval is None else self._source(config.data.eval)
         self._generate = make_generate(policy.model, mesh=mesh, max_rows=limits.max_rows)
-        self.rewards = Rewards(
-            config.rewards, policy.tokenizer, mesh,
-            max_tokens=limits.max_prompt_tokens + limits.max_tokens,
-            log_path=Path(config.output_dir) / config.name / "rewards.log",
-        )  # fmt: skip
+        self.rewards: ScoreFn = no_scores
+        self.warnings: list[str] = []
+        if config.rewards is not None:
+            self.rewards = Rewards(
+                config.rewards, policy.tokenizer, mesh,
+                max_tokens=limits.max_prompt_tokens + limits.max_tokens,
+                log_path=Path(config.output_dir) / config.name / "rewards.log",
+            )  # fmt: skip
+            self.warnings = self.rewards.warnings
 
     def _source(self, paths: str | list[str]) -> Examples:
         return Examples(open_source(paths), self._config.data.text.fields)
@@ -128,6 +133,8 @@ class Sampler:
         Raises:
           StopRunError: if more did than `rewards.max_failure_frac` allows.
         """
+        if self._config.rewards is None:
+            return []
         if reason := too_many_failures(scores, self._config.rewards.max_failure_frac):
             raise StopRunError(reason)
         errors = [score.error for score in scores if score.error is not None]

@@ -52,17 +52,12 @@ class SampleRollout(Config):
     """Completions that are sampled at once, at most."""
 
 
-class ResponsesConfig(Config):
-    """What the configs of data phases share that sample from a model."""
+class ResponsesSource(Config):
+    """What is sampled, from what."""
 
-    name: DirectoryName
-    """The run's directory is output_dir/name."""
-    output_dir: str = "runs"
-    seed: int = Field(0, ge=0)
     model: SampledModel
     tokenizer: str | None = None
     """A directory with a tokenizer, or an id of the Hub; the model's own if not given."""
-    mesh: MeshConfig = MeshConfig()
     data: SampleData
     rollout: SampleRollout = SampleRollout()
     prompts_as: Literal["seen", "text", "messages"] = "seen"
@@ -77,6 +72,16 @@ class ResponsesConfig(Config):
                 "leave it out"
             )
         return self
+
+
+class ResponsesConfig(ResponsesSource):
+    """What the configs of data phases share that sample from a model."""
+
+    name: DirectoryName
+    """The run's directory is output_dir/name."""
+    output_dir: str = "runs"
+    seed: int = Field(0, ge=0)
+    mesh: MeshConfig = MeshConfig()
 
 
 class SampleConfig(ResponsesConfig):

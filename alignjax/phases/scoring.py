@@ -1,4 +1,4 @@
-"""RewardConfig -> one ScoreFn: functions in worker processes, reward models on the devices."""
+"""RewardConfig -> one ScoreFn: functions in worker processes, models on the devices, judges."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from alignjax.core.precision import compute_dtype
 from alignjax.core.types import Sample, Score
 from alignjax.data import pack
 from alignjax.models import load_reward
+from alignjax.phases.judge_reward import JudgeReward
 from alignjax.rewards.combine import RewardConfig, RewardModelConfig, add_models, names_for
 from alignjax.rewards.plain import short
 from alignjax.rewards.pool import RewardPool
@@ -50,10 +51,10 @@ class Rewards:
           tokenizer: the policy's.
           mesh: where reward models lie and are computed.
           max_tokens: of prompt and completion together, at most; None: not known yet.
-          log_path: as of `RewardPool`.
+          log_path: as of `RewardPool`; beside it judges keep their answers.
         Raises:
-          UserError: if a function or model cannot be loaded, a model has another tokenizer, or a
-            context of fewer than `max_tokens`.
+          UserError: if a function, model or judge cannot be loaded, a model has another tokenizer,
+            or a context of fewer than `max_tokens`.
         """
         self.config = config
         self._models = {
@@ -62,8 +63,18 @@ class Rewards:
         for model in self._models.values():
             model.check_context(max_tokens or 0)
         self.warnings = [w for model in self._models.values() for w in model.warnings]
-        only_functions = config.model_copy(update={"models": {}})
-        self._pool = RewardPool(only_functions, log_path=log_path) if config.functions else None
+        folder = None if log_path is None else log_path.parent
+        self._judges: dict[str, JudgeReward] = {}
+        self._pool: RewardPool | None = None
+        try:
+            for name, judge in config.judges.items():
+                self._judges[name] = JudgeReward(name, judge, mesh, folder)
+            if config.functions:
+                only_functions = config.model_copy(update={"models": {}, "judges": {}})
+                self._pool = RewardPool(only_functions, log_path=log_path)
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, samples: Sequence[Sample]) -> list[Score]:
         """One score for each sample, in order. A sample that gets no reward at all has failed."""
@@ -79,7 +90,7 @@ class Rewards:
             if why:
                 scores[i] = Score(None, error=f"{why}; prompt {short(sample.prompt)}")
         by_model: list[dict[str, Score]] = [{} for _ in samples]
-        for name, model in self._models.items():
+        for name, model in (self._models | self._judges).items():
             chosen = [i for i, given in enumerate(names) if name in given]
             for i, score in zip(chosen, model([samples[i] for i in chosen]), strict=True):
                 by_model[i][name] = score
@@ -89,6 +100,8 @@ class Rewards:
         ]
 
     def close(self) -> None:
+        for judge in self._judges.values():
+            judge.close()
         if self._pool is not None:
             self._pool.close()
 
@@ -190,14 +203,21 @@ class RewardModel:
 
 def check_same_ids(key: str, path: str, tokenizer: HFTokenizer) -> None:
     """Raises: UserError: if the ids of the tokenizer at `path` are not those of the policy's."""
-    theirs, ours = load_tokenizer(path).vocab, tokenizer.vocab
-    if theirs != ours:
-        token = min(theirs.items() ^ ours.items(), key=lambda item: (item[1], item[0]))[0]
+    if difference := other_ids(path, tokenizer):
         raise UserError(
-            f"{key}: {path} has another tokenizer than the policy: {token!r} is "
-            f"{theirs.get(token, 'no token')} there and {ours.get(token, 'no token')} here. It "
+            f"{key}: {path} has another tokenizer than the policy: {difference}. It "
             "reads the ids that the policy samples: train it from a model with this tokenizer"
         )
+
+
+def other_ids(path: str, tokenizer: HFTokenizer) -> str | None:
+    """The first token whose id is another one in the tokenizer at `path`, in words, or None."""
+    theirs, ours = load_tokenizer(path).vocab, tokenizer.vocab
+    if theirs == ours:
+        return None
+    token = min(theirs.items() ^ ours.items(), key=lambda item: (item[1], item[0]))[0]
+    there, here = theirs.get(token, "no token"), ours.get(token, "no token")
+    return f"{token!r} is {there} there and {here} here"
 
 
 def moments(where: str, config: RewardModelConfig) -> tuple[float, float, list[str]]:

@@ -9,75 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from pydantic import Field
 
-from alignjax.core.config import Config
-from alignjax.core.keys import named_key
 from alignjax.core.types import Params, Weighted
-from alignjax.data import (
-    RecordIterator,
-    Source,
-    TextConfig,
-    sequence_encoder,
-    token_rows,
-    training_source,
-)
+from alignjax.data import RecordIterator, Source, sequence_encoder, training_source
 from alignjax.losses import TokenLogps, cross_entropy, token_mean
 from alignjax.models import Model
 from alignjax.models.moe import load_balancing_loss
-from alignjax.phases.common import PhaseConfig, Policy, rows_per_process, score_hidden, score_tokens
+from alignjax.phases.common import Policy, rows_per_process, score_hidden, score_tokens
+from alignjax.phases.corpus import CorpusConfig, dropout_key, means, text_rows, with_dropout
 from alignjax.sharding import batch_shards, put_batch
-from alignjax.text import HFTokenizer
 from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import make_optimizer
 from alignjax.train.state import TrainState, create_state
-from alignjax.train.step import Batch, Metrics, finalize, make_evaluate, make_step, merge
+from alignjax.train.step import Batch, Metrics, make_evaluate, make_step
 
 
-class SftData(Config):
-    """What is trained on, and in what shape."""
-
-    train: str | list[str]
-    """A .jsonl, .parquet or .array_record file, a saved data set, tfds:NAME/SPLIT or hf:NAME/SPLIT;
-    several follow each other."""
-    eval: str | list[str] | None = None
-    """Held-out records, of the same form."""
-    text: TextConfig
-    row_len: int = Field(512, ge=2)
-    """Tokens in a row."""
-    rows: int = Field(16, ge=1)
-    """Rows in a micro-batch, over all devices."""
-    micro_batches: int = Field(1, ge=1)
-    """Micro-batches in an update; their gradients are added up."""
-    packed: bool = True
-    """Lay several examples into a row; they do not see each other."""
-    overlong: Literal["error", "drop"] = "error"
-    """What to do with an example longer than a row. It is never cut."""
-
-
-class SftConfig(PhaseConfig):
+class SftConfig(CorpusConfig):
     """`phase: sft`."""
 
     phase: Literal["sft"]
-    data: SftData
-
-
-def sft_rows(
-    config: SftConfig, tokenizer: HFTokenizer, source: Source, *, rows: int, **order: Any
-) -> RecordIterator[dict[str, np.ndarray]]:
-    """Batches of what is trained on: `rows` in each micro-batch; see `token_rows` for `order`."""
-    data = config.data
-    return token_rows(
-        source,
-        sequence_encoder(data.text, tokenizer),
-        num_micro_batches=data.micro_batches,
-        rows=rows,
-        row_len=data.row_len,
-        packed=data.packed,
-        overlong=data.overlong,
-        seed=config.seed,
-        **order,
-    )
 
 
 def sft_loss(
@@ -87,7 +37,7 @@ def sft_loss(
 
     Where the batch has a `dropout_seed`, adapters leave out some of their inputs.
     """
-    key = _dropout_key(batch)
+    key = dropout_key(batch)
     out = score_tokens(model, params, batch, num_shards=num_shards, dropout_key=key)
     return _cross_entropy(out, batch["mask"])
 
@@ -100,18 +50,13 @@ def balanced_sft_loss(
     That one is of a micro-batch: like any product of two means it is not split into rows.
     """
     hidden, sums = model.apply_with_routing(
-        params, batch["tokens"], batch["segment_ids"], batch["positions"], _dropout_key(batch)
+        params, batch["tokens"], batch["segment_ids"], batch["positions"], dropout_key(batch)
     )
     out = score_hidden(model, params, hidden, batch, num_shards=num_shards)
     loss, metrics = _cross_entropy(out, batch["mask"])
     balance = Weighted(load_balancing_loss(sums) * loss.weight, loss.weight)
     total = loss.total + model.config.router_aux_coef * balance.total
     return Weighted(total, loss.weight), {**metrics, "aux_loss": balance}
-
-
-def _dropout_key(batch: Batch) -> Array | None:
-    seed = batch.get("dropout_seed")
-    return None if seed is None else jax.random.key(seed)
 
 
 def _cross_entropy(out: TokenLogps, mask: Array) -> tuple[Weighted, Metrics]:
@@ -148,10 +93,10 @@ class Sft:
         self._evaluate = make_evaluate(functools.partial(sft_loss, model, num_shards=num_shards))
 
     def _rows(self, source: Source, **order: Any) -> RecordIterator[dict[str, np.ndarray]]:
-        return sft_rows(
+        return text_rows(
             self._config,
-            self._policy.tokenizer,
             source,
+            sequence_encoder(self._config.data.text, self._policy.tokenizer),
             rows=rows_per_process(self._config.data.rows, self._mesh),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -165,11 +110,7 @@ class Sft:
         return self._rows(self._train)
 
     def collect(self, state: TrainState, records: Any) -> tuple[TrainState, Collected]:
-        batch = next(records)
-        if self._policy.model.lora is not None and self._policy.model.lora.dropout > 0:
-            key = named_key(state.key, "dropout", int(state.step))
-            seeds = jax.random.bits(key, (len(batch["tokens"]),), np.uint32)
-            batch = {**batch, "dropout_seed": np.asarray(seeds)}
+        batch = with_dropout(next(records), self._policy.model, state)
         return state, Collected(
             batches=[put_batch(batch, self._mesh, 1)],
             num_tokens=int(np.count_nonzero(batch["segment_ids"])),
@@ -183,13 +124,13 @@ class Sft:
         """Loss, entropy and accuracy per target token over all held-out records."""
         if self._eval is None:
             return Evaluated({})
-        sums: dict[str, Any] = {}
         params = self._policy.whole(state.params)
-        for batch in self._rows(self._eval, num_epochs=1, shuffle=False):
+
+        def found(batch: dict[str, np.ndarray]) -> Metrics:
             loss, metrics = self._evaluate(params, put_batch(batch, self._mesh, 1))
-            new = {"loss": loss, **metrics}
-            sums = {k: merge(sums[k], new[k]) if sums else new[k] for k in new}
-        return Evaluated({f"eval/{k}": float(finalize(v)) for k, v in sums.items()})
+            return {"loss": loss, **metrics}
+
+        return Evaluated(means(map(found, self._rows(self._eval, num_epochs=1, shuffle=False))))
 
     def diagnose(self, metrics: dict[str, float]) -> list[str]:
         return []

@@ -20,8 +20,10 @@ from alignjax.core.config import Config, DirectoryName, check_name
 from alignjax.core.errors import KeyedError, UserError
 from alignjax.core.yaml_tree import Key
 from alignjax.data import open_source, texts
+from alignjax.evals.run import EvalConfig, evaluate, write_report
 from alignjax.phases.common import PhaseConfig
 from alignjax.phases.registry import DATA_PHASES, PHASES
+from alignjax.phases.scoring import Rewards
 from alignjax.recipes.stage import check_same, claim, lock, run_data_phase, run_phase
 from alignjax.text import train_sentencepiece
 from alignjax.train.progress import Progress
@@ -52,9 +54,17 @@ class TokenizerConfig(Config):
     special_tokens: list[str] = []
 
 
+class EvalStageConfig(EvalConfig):
+    """`phase: eval`: a model is measured, as `alignjax eval` does it."""
+
+    phase: Literal["eval"]
+    name: str
+    output_dir: str
+
+
 _CONFIGS = [config for config, _ in (*DATA_PHASES.values(), *PHASES.values())]
 Stage = Annotated[
-    Union[(FilesConfig, TokenizerConfig, *_CONFIGS)],
+    Union[(FilesConfig, TokenizerConfig, EvalStageConfig, *_CONFIGS)],
     Field(discriminator="phase"),
 ]
 
@@ -110,7 +120,7 @@ def run_recipe(config: RecipeConfig, *, command: str) -> Path:
         if isinstance(stage, FilesConfig):
             _find(stage)  # A wrong name is found now, not after the hours of an earlier stage.
     for name, stage in config.stages.items():
-        if isinstance(stage, FilesConfig | TokenizerConfig):
+        if isinstance(stage, FilesConfig | TokenizerConfig | EvalStageConfig):
             _run_files(stage)
         elif isinstance(stage, PhaseConfig):
             run_phase(stage, command=command, title=name)
@@ -119,7 +129,7 @@ def run_recipe(config: RecipeConfig, *, command: str) -> Path:
     return Path(config.output_dir) / config.name
 
 
-def _run_files(stage: FilesConfig | TokenizerConfig) -> None:
+def _run_files(stage: FilesConfig | TokenizerConfig | EvalStageConfig) -> None:
     """Makes the directory of a stage that writes files; it appears whole or not at all."""
     run_dir = Path(stage.output_dir) / stage.name
     progress = Progress(title=stage.name)
@@ -133,7 +143,7 @@ def _run_files(stage: FilesConfig | TokenizerConfig) -> None:
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
         try:
-            _write_files(stage, temporary)
+            _write_files(stage, temporary, progress)
             claim(temporary, stage)
             temporary.rename(run_dir)
         finally:
@@ -141,7 +151,15 @@ def _run_files(stage: FilesConfig | TokenizerConfig) -> None:
         progress.note(f"wrote {run_dir}")
 
 
-def _write_files(stage: FilesConfig | TokenizerConfig, directory: Path) -> None:
+def _write_files(
+    stage: FilesConfig | TokenizerConfig | EvalStageConfig, directory: Path, progress: Progress
+) -> None:
+    if isinstance(stage, EvalStageConfig):
+        found = evaluate(stage, Rewards)
+        for line in found.lines():
+            progress.note(line)
+        write_report(found, directory)
+        return
     if isinstance(stage, TokenizerConfig):
         records = texts(open_source(stage.sources), stage.fields)
         train_sentencepiece(

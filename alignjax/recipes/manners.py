@@ -142,17 +142,18 @@ def write(out_dir: str | Path, *, seed: int, num_lines: int = 40_000) -> None:
     draw = Draw(f"{seed}/corpus")
     train = [question for question in QUESTIONS if not question.is_held_out]
     asked = (draw.choice(train) for _ in range(num_lines))
-    _write(
+    write_records(
         out_dir / "corpus.jsonl",
         ({"prompt": q.prompt, "completion": draw.response(q)} for q in asked),
     )
     test = [question for question in QUESTIONS if question.is_held_out]
     for split, questions in (("train", train), ("test", test)):
         shuffled = Draw(f"{seed}/{split}").shuffled(questions)
-        _write(out_dir / f"{split}.jsonl", ({"prompt": q.prompt} for q in shuffled))
+        write_records(out_dir / f"{split}.jsonl", ({"prompt": q.prompt} for q in shuffled))
     vocab_tokenizer(TOKENS, bos=BOS, eos=EOS, pad=EOS).save(str(out_dir / "tokenizer"))
 
 
-def _write(path: Path, records: Iterable[dict[str, str]]) -> None:
+def write_records(path: Path, records: Iterable[dict[str, str]]) -> None:
+    """Writes a JSONL file."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)

@@ -20,20 +20,41 @@ Under 6 minutes on 2 cores; Ctrl-C saves, and the same command continues.
 
 
 def tell(recipe_dir: Path) -> str:
-    """What the stages `zero` and `control` came to, and one problem before and after."""
+    """What base, `zero` and `control` came to, and one problem before and after.
+
+    Sampled accuracy is the mean over the samples of each problem, as the paper has it, and maj@n
+    the accuracy of the answer that most of them give.
+    """
     zero, control = (evaluations(recipe_dir / name) for name in ("zero", "control"))
-    lines = ["", f"{'held-out problems':<22}{'sampled':>9}{'greedy':>9}{'length':>9}"]
-    for name, row in (
-        ("base model", zero[0]),
-        ("after RL", zero[-1]),
-        ("after RL, no thinking", control[-1]),
+    found = {name: final(recipe_dir, name) for name in ("base", "zero", "control")}
+    n = found["zero"]["num_samples"]
+    majority = f"maj@{n}" if n > 1 else "pass@1"
+    heads = ("pass@1", majority, "greedy", "length", "reflect")
+    lines = ["", f"{'held-out problems':<22}" + "".join(f"{head:>9}" for head in heads)]
+    for title, name, row in (
+        ("base model", "base", zero[0]),
+        ("after RL", "zero", zero[-1]),
+        ("after RL, no thinking", "control", control[-1]),
     ):
-        sampled, greedy = row["eval/sampled/accuracy"], row["eval/greedy/accuracy"]
-        length = row["eval/sampled/mean_length"]
-        lines.append(f"{name:<22}{sampled:>9.1%}{greedy:>9.1%}{length:>9.1f}")
+        figures = found[name]
+        lines.append(
+            f"{title:<22}{figures['pass@1']['mean']:>9.1%}{figures[majority]['mean']:>9.1%}"
+            f"{row['eval/greedy/accuracy']:>9.1%}{figures['mean_length']:>9.1f}"
+            f"{figures['parts']['reflects']['mean']:>9.1%}"
+        )
+    num = found["zero"]["num_problems"]
+    lines.append(
+        f"pass@1 is the mean of {n} samples of each of {num} problems; reflect the share of"
+    )
+    lines.append('them that look back at themselves, by a word such as "wait"')
     for moment in _story(recipe_dir / "zero"):
         lines.append(f"{moment.title:<10} {moment.prompt}{moment.completion}")
     return "\n".join(lines) + "\n"
+
+
+def final(recipe_dir: Path, name: str) -> dict[str, Any]:
+    """The figures of the stage NAME_eval."""
+    return json.loads((recipe_dir / f"{name}_eval" / "eval.json").read_text(encoding="utf-8"))
 
 
 def draw(recipe_dir: Path, path: Path) -> None:
@@ -61,6 +82,7 @@ def _curve(rows: Sequence[Mapping[str, Any]]) -> Curve:
         sampled=[row["eval/sampled/accuracy"] for row in rows],
         greedy=[row["eval/greedy/accuracy"] for row in rows],
         lengths=[row["eval/sampled/mean_length"] for row in rows],
+        reflects=[row["eval/sampled/reflects"] for row in rows],
     )
 
 

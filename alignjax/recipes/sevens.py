@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 from alignjax.data import Preference, write_preferences
 from alignjax.text import vocab_tokenizer
@@ -22,6 +23,13 @@ TOKENS = (BOS, EOS, PAD, *DIGITS, "+", "=")
 def score(response: str) -> int:
     """The hidden reward."""
     return response.count("7") - response.count("9")
+
+
+def compare(prompt: str, first: str, second: str, **fields: Any) -> float:
+    """A judge: 0.3 above or below 1/2 as the hidden reward has it, and 0.1 more for what stands
+    first, which asking in both orders cancels."""
+    better = (score(first) > score(second)) - (score(first) < score(second))
+    return 0.6 + 0.3 * better
 
 
 def write(

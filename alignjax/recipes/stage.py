@@ -6,8 +6,8 @@ report.png, and frontier.png where it measured both a reward and a KL from the r
 
 import contextlib
 import fcntl
-import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from alignjax.core.config import Config, build, diff, dump, load, to_dict
+from alignjax.core.digest import of_path
 from alignjax.core.errors import UserError
 from alignjax.core.hub import TOKENIZER_FILES, resolve
 from alignjax.phases.common import PhaseConfig, Policy
@@ -22,6 +23,7 @@ from alignjax.phases.produce import PROGRESS, State, produce
 from alignjax.phases.registry import DATA_PHASES, PHASES
 from alignjax.report.frontier import frontier_of, frontier_picture
 from alignjax.report.training import training_report
+from alignjax.rewards.judge_config import LIMITS
 from alignjax.sharding import make_mesh
 from alignjax.train.checkpoint import Checkpointer
 from alignjax.train.loop import train
@@ -30,11 +32,26 @@ from alignjax.train.progress import Progress
 
 INPUTS = (
     "model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "data.reference",
-    "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference",
+    "sources", "rewards.models.*.path", "critic.path", "ptx.train", "reference", "teacher.path",
+    "model", "data", "constitution.path", "template",
+    "responses", "compare_with", "sample.model.path", "sample.tokenizer", "sample.data.train",
+    "judge.model.path", "judge.template", "rewards.judges.*.model.path",
+    "rewards.judges.*.template",
 )  # fmt: skip
 """Keys of configs whose values are files or directories that a run reads; * is any key."""
-MODELS = ("model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference")
+MODELS = (
+    "model", "model.path", "tokenizer", "rewards.models.*.path", "critic.path", "reference",
+    "teacher.path", "sample.model.path", "sample.tokenizer", "judge.model.path",
+    "rewards.judges.*.model.path",
+)  # fmt: skip
 """Those that may name a model of the Hub."""
+
+
+_JUDGES = r"(judge|rewards\.judges\.[^.:]+)"
+_FREE = re.compile(
+    rf"({_JUDGES}\.({'|'.join(map(re.escape, LIMITS))})|max_failure_frac|max_unparsable_frac): "
+)
+"""Changes of a config with which a run may go on: how long and how far a judge is asked."""
 
 
 def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
@@ -149,7 +166,9 @@ def check_same(run_dir: Path, config: Config) -> None:
             f"{run_dir} is there, but no run made it (no {missing}); move it away, or choose "
             "another name (name=...)"
         )
-    changes = diff(load(path).values, to_dict(config))
+    changes = [
+        change for change in diff(load(path).values, to_dict(config)) if not _FREE.match(change)
+    ]
     if changes:
         raise UserError(
             f"{run_dir} holds a run of another config (there -> now):\n  "
@@ -188,28 +207,18 @@ def digests(config: Config, keys: Sequence[str] = INPUTS) -> dict[str, str]:
             if path != here:  # A snapshot from the Hub bears the name of its commit.
                 found[f"{key} {name}"] = path.name
             elif path.exists():
-                found[f"{key} {name}"] = _digest(path)
+                found[f"{key} {name}"] = of_path(path)
     return found
 
 
 def _values(tree: Any, keys: Sequence[str]) -> list[str]:
     """The texts that stand under the keys: one, a list of them, or none."""
     if not keys:
-        return [tree] if isinstance(tree, str) else list(tree or ())
+        return [tree] if isinstance(tree, str) else tree if isinstance(tree, list) else []
     if not isinstance(tree, dict):
         return []
     below = tree.values() if keys[0] == "*" else [tree.get(keys[0])]
     return [name for value in below for name in _values(value, keys[1:])]
-
-
-def _digest(path: Path) -> str:
-    total = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        total.update(f"{file.relative_to(path)}\n{digest}\n".encode())
-    return total.hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A run that learns to reason -> one picture: accuracy beside length, over transcripts."""
+"""A run that learns to reason -> one picture: accuracy beside length and more, over transcripts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ class Curve:
       sampled: accuracy at temperature 1, in [0, 1].
       greedy: accuracy at temperature 0, in [0, 1]; may be empty.
       lengths: mean tokens of a completion; may be empty.
+      reflects: share of completions that look back at themselves, in [0, 1]; may be empty.
     """
 
     steps: Sequence[float]
     sampled: Sequence[float]
     greedy: Sequence[float] = field(default=())
     lengths: Sequence[float] = field(default=())
+    reflects: Sequence[float] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def reasoning_picture(
     title: str = "Reinforcement learning elicits reasoning",
     subtitle: str = "",
 ) -> None:
-    """Draws accuracy beside completion length, over transcripts of the same problem.
+    """Draws accuracy beside completion length and, where it was measured, the share of completions
+    that reflect, over transcripts of the same problem.
 
     Args:
       path: PNG file to write.
@@ -68,14 +71,17 @@ def reasoning_picture(
     picture.text(0.03, 1 - 0.68 / height, subtitle, fontsize=10, color=style.GREY, va="center")
 
     bottom, top = 1 - 4.35 / height, 1 - 1.3 / height
-    left = picture.add_axes((0.065, bottom, 0.355, top - bottom))
-    right = picture.add_axes((0.56, bottom, 0.325, top - bottom))
-    _accuracy(left, think, control)
-    _lengths(right, think, control)
+    panels = [_accuracy, _lengths, *([_reflections] if len(think.reflects) else [])]
+    for draw, (left, width) in zip(panels, _PLACES[len(panels)], strict=True):
+        draw(picture.add_axes((left, bottom, width, top - bottom)), think, control)
     for i, (transcript, lines) in enumerate(zip(transcripts, wrapped, strict=False)):
         low = 0.22 / height
         panel(picture, transcript, lines, 0.03 + 0.318 * i, low, (text_height + 0.6) / height)
     style.save(picture, path)
+
+
+_PLACES = {2: ((0.065, 0.355), (0.56, 0.325)), 3: ((0.055, 0.19), (0.385, 0.19), (0.715, 0.165))}
+"""Left end and width of each panel, beside which its lines are named; shares of the width."""
 
 
 def _accuracy(axes: Axes, think: Curve, control: Curve | None) -> None:
@@ -100,6 +106,16 @@ def _lengths(axes: Axes, think: Curve, control: Curve | None) -> None:
     axes.set_ylim(0, 1.12 * max((max(c.lengths) for c in (think, control) if c and len(c.lengths)),
                                 default=1.0))  # fmt: skip
     _finish(axes, [(x, y, f"{text} {y:.0f}", colour) for x, y, text, colour in ends])
+
+
+def _reflections(axes: Axes, think: Curve, control: Curve | None) -> None:
+    style.tidy(axes, "Completions that reflect")
+    ends = [_line(axes, think.steps, think.reflects, "thinking", style.ORANGE)]
+    if control is not None and len(control.reflects):
+        ends.append(_line(axes, control.steps, control.reflects, "no thinking", style.GREY))
+    axes.set_ylim(0, max(0.02, 1.12 * max(y for line in axes.lines for y in line.get_ydata())))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _finish(axes, [(x, y, f"{text} {y:.1%}", colour) for x, y, text, colour in ends])
 
 
 def _line(

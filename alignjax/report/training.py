@@ -30,6 +30,7 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "Share",
         ("completions/clipped_ratio", "frac_reward_zero_std", "clip_ratio/region_mean"),
     ),
+    ("Completions that reflect, share", ("rewards/reflects/mean", "eval/*/reflects")),
     ("Preference accuracy", ("rewards/accuracies", "eval/rewards/accuracies*")),
     ("Implicit rewards", ("rewards/chosen", "rewards/rejected")),
     ("Margin", ("margin", "rewards/margins", "reward_margin", "eval/rewards/margins")),

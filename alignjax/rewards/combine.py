@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -10,6 +11,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from alignjax.core.config import Config
 from alignjax.core.types import Score
+from alignjax.rewards.judge_config import JudgeConfig
 
 MAX_REWARD = 3e38
 """Rewards are float32 from here on; what is above would be infinite there."""
@@ -35,8 +37,9 @@ class FunctionConfig(Reward):
 
     Attributes:
       function: a built-in (`verify.math`, `verify.exact`, `verify.numeric`,
-        `verify.calculations`, `format.tags`, `format.matches`, `format.script`, `format.length`),
-        `package.module:function`, `package.module.function` or `path/to/file.py:function`.
+        `verify.calculations`, `format.tags`, `format.matches`, `format.script`, `format.length`,
+        `format.reflects`), `package.module:function`, `package.module.function` or
+        `path/to/file.py:function`.
       args: its options, by name.
     """
 
@@ -71,12 +74,25 @@ class RewardModelConfig(Reward):
         return self
 
 
+class JudgeRewardConfig(JudgeConfig, Reward):
+    """A judge whose opinion is the reward (direct RLAIF, arXiv:2309.00267 sec. 2.4).
+
+    Attributes:
+      method: pointwise: the expected score, mapped from 1..best_score to -1..1, as in the paper;
+        as it is, it is the part `score`. pairwise: the mean probability, 0 to 1, that a sample is
+        better than another one of its prompt; the part `first_place` is how probable it was that
+        what stood first is better, 1/2 without a bias.
+    """
+
+    method: Literal["pointwise", "pairwise"] = "pointwise"
+
+
 class RewardConfig(Config):
-    """The reward: the weighted sum of functions and of reward models.
+    """The reward: the weighted sum of functions, of reward models and of judges.
 
     Attributes:
       functions: by the name that the metrics use (`rewards/NAME/mean`).
-      models: likewise.
+      models, judges: likewise.
       timeout_s: limit on one call of one function, in seconds of wall clock.
       num_workers: processes that score.
       max_memory_mb: limit on the address space of a worker, in MiB; none if null.
@@ -85,6 +101,7 @@ class RewardConfig(Config):
 
     functions: dict[Name, FunctionConfig] = {}
     models: dict[Name, RewardModelConfig] = {}
+    judges: dict[Name, JudgeRewardConfig] = {}
     timeout_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     num_workers: int = Field(default=2, ge=1)
     max_memory_mb: int | None = Field(default=None, ge=64)
@@ -92,19 +109,21 @@ class RewardConfig(Config):
 
     @model_validator(mode="after")
     def _is_there(self) -> Self:
-        if not (self.functions or self.models):
-            raise ValueError("expected at least one of functions and models, came neither")
-        if twice := sorted(self.functions.keys() & self.models.keys()):
-            raise ValueError(
-                f"{twice[0]!r} stands in functions and in models, and metrics could not tell them "
-                "apart: rename one"
-            )
+        kinds = {"functions": self.functions, "models": self.models, "judges": self.judges}
+        if not any(kinds.values()):
+            raise ValueError("expected at least one of functions, models and judges, came none")
+        for one, other in itertools.combinations(kinds, 2):
+            if twice := sorted(kinds[one].keys() & kinds[other].keys()):
+                raise ValueError(
+                    f"{twice[0]!r} stands in {one} and in {other}, and metrics could not tell them "
+                    "apart: rename one"
+                )
         return self
 
     @property
     def by_name(self) -> dict[str, Reward]:
-        """Functions and models, by their names."""
-        return {**self.functions, **self.models}
+        """Functions, models and judges, by their names."""
+        return {**self.functions, **self.models, **self.judges}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -155,20 +174,21 @@ def combine(config: RewardConfig, parts: Mapping[str, Mapping[str, float]]) -> S
 
 
 def add_models(config: RewardConfig, score: Score, models: Mapping[str, Score]) -> Score:
-    """The score of the functions, plus weight x value of each reward model.
+    """The score of the functions, plus weight x value of each reward model and judge.
 
     Args:
       score: what `combine` gave; of value 0 where there are no functions.
-      models: by name what each reward model that the prompt gets gave. One without a value leaves
-        the sample without.
+      models: by name what each model and judge that the prompt gets gave. One without a value
+        leaves the sample without.
     """
     known = {name: one.value for name, one in models.items() if one.value is not None}
-    parts = {**score.parts, **known}
+    of_parts = {f"{n}/{part}": v for n, one in models.items() for part, v in one.parts.items()}
+    parts = {**score.parts, **known, **of_parts}
     for one in (score, *models.values()):
         if one.value is None:
             return Score(None, parts, one.error)
     assert score.value is not None
-    added = (config.models[name].weight * value for name, value in known.items())
+    added = (config.weights[name] * value for name, value in known.items())
     return _finite(math.fsum((score.value, *added)), parts)
 
 

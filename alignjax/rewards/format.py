@@ -1,4 +1,4 @@
-"""The shape of a completion -> a reward: its tags, its script, its length in tokens."""
+"""The shape of a completion -> a reward: tags, script, length, words of reflection."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["length", "matches", "script", "tags"]
+__all__ = ["length", "matches", "reflects", "script", "tags"]
+
+REFLECTION = (
+    "wait", "hold on", "let me check", "let me recheck", "re-check", "recheck", "double-check",
+    "verify", "mistake", "wrong", "rethink", "try again", "on second thought",
+)  # fmt: skip
+"""Words by which a text looks back at itself. No list holds all, and each has other uses."""
 
 
 def tags(
@@ -82,6 +88,31 @@ def script(
     letters = [char for char in inside if char.isalpha()] if is_closed else []
     of_script = sum(unicodedata.name(char, "").startswith(name) for char in letters)
     return of_script / len(letters) if letters else 0.0
+
+
+def reflects(
+    prompt: str,
+    completion: str,
+    reference: Any,
+    *,
+    words: Sequence[str] = REFLECTION,
+    **fields: Any,
+) -> float:
+    """1.0 if one of the words is in the completion, thinking included; for weight 0, to measure it.
+
+    Whole words, whatever their case; a space in one stands for any white space. That a word is
+    there does not say that anything is checked: read samples.
+
+    Args:
+      words: such as `wait`; each finds itself alone, not `waited`.
+    Source: DeepSeek-R1, Nature 645 (2025), 633-638, follows the frequency of such words over
+      training; ours is the share of completions with any, of a list of our own.
+    """
+    if not words or not all(word.strip() for word in words):
+        raise ValueError(f"words={list(words)}; expected at least one, none of them blank")
+    either = "|".join(r"\s+".join(map(re.escape, word.split())) for word in words)
+    found = re.search(rf"(?<!\w)(?:{either})(?!\w)", completion, re.IGNORECASE)
+    return float(found is not None)
 
 
 def length(

@@ -46,16 +46,17 @@ class RewardPool:
       log_path: file to which what the reward functions print is appended (its directory is made if
         missing); dropped if None.
     Raises:
-      UserError: if a function cannot be loaded, or the config names reward models, which are
-        scored elsewhere (`phases.scoring`).
+      UserError: if a function cannot be loaded, or the config names reward models or judges, which
+        score elsewhere (`phases.scoring`).
     """
 
     def __init__(self, config: RewardConfig, *, log_path: Path | None = None) -> None:
-        if config.models or not config.functions:
+        if config.models or config.judges or not config.functions:
+            others = (*config.models, *config.judges)
             raise UserError(
-                f"rewards: functions alone are scored here, but models has "
-                f"{', '.join(config.models) or 'none'} and functions has "
-                f"{', '.join(config.functions) or 'none'}; leave models out"
+                f"rewards: functions alone are scored here, but models and judges have "
+                f"{', '.join(others) or 'none'} and functions has "
+                f"{', '.join(config.functions) or 'none'}; leave models and judges out"
             )
         self.config = config
         self._setup = {

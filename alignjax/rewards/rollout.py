@@ -122,6 +122,11 @@ def joined(parts: Sequence[Rollouts]) -> Rollouts:
     )
 
 
+def no_scores(samples: Sequence[Sample]) -> list[Score]:
+    """A `ScoreFn` that judges nothing: no sample has a score."""
+    return [Score(None)] * len(samples)
+
+
 def rollout(
     generate: GenerateFn,
     score: ScoreFn,

@@ -88,6 +88,13 @@ class HFTokenizer:
         return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
     @property
+    def special_texts(self) -> list[str]:
+        """Texts of the special tokens: BOS, EOS, what begins and ends a turn, ... Spelled out in a
+        text, each is the token."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [token.content for token in added.values() if token.special]
+
+    @property
     def chat_template(self) -> str | None:
         """Source of the chat template that came with the tokenizer."""
         template = self.config.get("chat_template")

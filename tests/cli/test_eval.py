@@ -84,7 +84,7 @@ def test_what_is_printed(run, capsys, tmp_path):
     assert out[0].startswith(f"pass@1     {100 * figures['pass@1']['mean']:.1f}% [")
     assert out[0].endswith("(6 problems x 2)")
     assert [line.split()[0] for line in out] == [
-        "pass@1", "pass@2", "maj@2", "reward", "length", "wrote"
+        "pass@1", "pass@2", "maj@2", "reward", "format", "length", "wrote"
     ]  # fmt: skip
     low, high = (figures["reward_interval"][end] for end in ("low", "high"))
     assert out[3] == f"reward     {figures['reward']:.3f} [{low:.3f}, {high:.3f}]"

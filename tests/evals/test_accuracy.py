@@ -173,7 +173,8 @@ def test_paired_coverage() -> None:
 
 def test_text() -> None:
     text = str(pass_at_1(np.zeros((20, 4), bool)))
-    assert text == "0.0% [0.0, 16.1] (20 problems x 4)"
+    assert text == "0.0% [0.0, 16.1], bootstrap [0.0, 0.0] (20 problems x 4)"
+    assert str(pass_at_1(np.ones((1, 4), bool))) == "100.0% [0.0, 100.0] (1 problems x 4)"
 
 
 def test_bad_input() -> None:

@@ -8,6 +8,7 @@ import pytest
 from alignjax.core.config import build, loads
 from alignjax.core.errors import UserError
 from alignjax.core.types import LENGTH, STOP, Completions, Sample, Score
+from alignjax.evals.provenance import Provenance
 from alignjax.evals.run import EvalConfig, report, write_report
 from alignjax.rewards.rollout import Rollouts, Task
 
@@ -143,3 +144,17 @@ def test_problems_that_the_part_is_not_for_are_not_in_question():
     assert found["pass@1"].mean == pytest.approx((1 / 2 + 0) / 2)
     assert found["maj@2"].mean == pytest.approx((1 / 2 + 0) / 2)
     assert found["pass@1"].num_problems == 2
+
+
+def test_problems_that_are_not_in_question_have_no_accuracy(tmp_path):
+    """By the `where` of the reward: the figures of the others stay beside their own problems."""
+    out = rollouts([[(said(7), 1.0)], [(said(3), 0.0)], [(said(7), 1.0)]])
+    out.scores[0] = Score(0.25, {"other": 1.0})
+    made_of = Provenance(["p0", "p1", "p2"], {})
+    found = report(out, "accuracy", "answer_tag", made_of=made_of)
+    assert found.estimates["pass@1"].mean == 0.5
+    write_report(found, tmp_path)
+    lines = [json.loads(x) for x in (tmp_path / "eval_problems.jsonl").open()]
+    assert [x["pass@1"] for x in lines] == [None, 0.0, 1.0]
+    assert [x["reward"] for x in lines] == [0.25, 0.5, 1.5]
+    assert [x["problem"] for x in lines] == ["p0", "p1", "p2"]

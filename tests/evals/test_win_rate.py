@@ -9,6 +9,9 @@ from alignjax.core.errors import UserError
 from alignjax.core.intervals import clustered_interval
 from alignjax.core.types import STOP, Completions, Sample, Score
 from alignjax.evals.win_rate import Compared, by_judge, by_reward, write_comparison
+from alignjax.rewards.judge import Judge, Verdict
+from alignjax.rewards.judge_answer import Answer
+from alignjax.rewards.judge_config import JudgingConfig
 from alignjax.rewards.rollout import Rollouts, Task, joined
 
 
@@ -45,14 +48,19 @@ def test_the_higher_reward_wins():
     assert "first_is_preferred" not in figures
 
 
-def judge(p):
+def judge(p, **config):
     """A judge of which p(first, second) is the opinion."""
 
-    def asked(samples):
-        values = [p(s.fields["first"], s.fields["second"]) for s in samples]
-        return [Score(value, error=None if value is not None else "broken") for value in values]
+    def ask(questions):
+        for place, question in enumerate(questions):
+            value = p(question.fields["first"], question.fields["second"])
+            if value is None:
+                yield {place: Answer(error="broken")}
+            else:
+                with np.errstate(divide="ignore"):
+                    yield {place: Answer("", tuple(np.log([value, 1 - value]).tolist()))}
 
-    return asked
+    return Judge(ask, JudgingConfig(**config), None).pairwise
 
 
 def test_a_judge_without_a_bias():
@@ -87,8 +95,22 @@ def test_a_judge_that_fails_in_one_order_gives_no_verdict():
     assert np.isnan(verdicts.orders_agree[0, 0])
     with pytest.raises(UserError, match="every call failed: broken"):
         by_judge(A, B, judge(lambda *_: None))
-    with pytest.raises(UserError, match=r"1\.5 is no probability; expected a number from 0 to 1"):
-        by_judge(A, B, judge(lambda *_: 1.5))
+
+
+def test_a_judge_that_is_asked_in_one_order():
+    verdicts = by_judge(A, B, judge(lambda first, second: 0.9, both_orders=False))
+    np.testing.assert_allclose(verdicts.a_is_better, 0.9)
+    assert "first_is_preferred" not in Compared(A, B, verdicts).as_json()
+
+
+def test_a_judge_sees_the_records():
+    """A function may name their fields."""
+    seen = []
+    by_judge(A, B, lambda pairs: seen.extend(pairs) or [Verdict(0.5)] * len(pairs))
+    assert [(p.prompt, p.first, p.second) for p in seen[:2]] == [
+        ("p0", "aaa", "b"), ("p0", "a", "bb"),
+    ]  # fmt: skip
+    assert seen[0].record == {"reference": None} and seen[0].variables == {}
 
 
 def test_files(tmp_path):

@@ -20,7 +20,7 @@ from alignjax.text import load_tokenizer, vocab_tokenizer
 
 REPO = Path(__file__).resolve().parents[2]
 NAMES = " or ".join([*PHASES, *DATA_PHASES])
-STAGES = ["files", "tokenizer", *DATA_PHASES, *PHASES]
+STAGES = ["files", "tokenizer", "eval", *DATA_PHASES, *PHASES]
 PRESETS = (
     "'grpo', 'dr_grpo', 'dapo', 'bnpo', 'gspo', 'gmpo', 'cispo', 'sapo', 'opo', 'gdpo', 'gpg', "
     "'rloo' or 'reinforce_pp_baseline'"

@@ -10,7 +10,10 @@ import pytest
 
 from alignjax.cli.run import check
 from alignjax.core.config import build, loads
+from alignjax.evals.run import EvalConfig
 from alignjax.evals.win_rate import CompareConfig
+from alignjax.rewards.constitution import Constitution
+from tests.flags import QUICK
 
 REPO = Path(__file__).resolve().parents[2]
 GUIDE = (REPO / "docs" / "guide.md").read_text(encoding="utf-8")
@@ -21,6 +24,8 @@ def test_its_configs_are_valid():
     configs = {name: text for language, name, text in BLOCKS if language == "yaml"}
     assert len(configs) >= 3
     build(CompareConfig, loads(configs.pop("compare.yaml"), ["a=one", "b=other"]))
+    build(EvalConfig, loads(configs.pop("additions.yaml"), ["model=one"]))
+    build(Constitution, loads(configs.pop("constitution.yaml")))
     for text in configs.values():
         check(loads(text))
 
@@ -37,7 +42,7 @@ def test_it_runs(tmp_path):
         **os.environ,
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "PYTHONPATH": str(REPO),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": QUICK,
     }
     # Files first: a command may refer to one that stands further down.
     for language, name, text in BLOCKS:

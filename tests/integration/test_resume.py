@@ -19,7 +19,9 @@ import yaml
 
 from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes import chains, sevens
+from alignjax.text import load_tokenizer
 from alignjax.train.metrics import TIMINGS
+from tests.flags import QUICK
 
 # What is compared is read as it stands in the file.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -116,6 +118,19 @@ CONFIGS["online"] = (
     }
     | {name: CONFIGS["grpo"][name] for name in ("data", "rollout", "rewards", "evaluation")}
 )
+TEACHER = {"model": {"init": MODEL}, "seed": 7, "teacher": {"path": "base"}}
+DISTILL = {
+    "distill": CONFIGS["sft"] | TEACHER | {"phase": "distill", "divergence": {"kind": "jsd"}},
+    "distill_top_k": CONFIGS["sft"] | TEACHER | {
+        "phase": "distill", "teacher": {"path": "base", "top_k": 4, "cache_dir": "cache"},
+    },
+    "online_distill": CONFIGS["online"] | TEACHER | {
+        "phase": "online_distill", "divergence": {"kind": "sampled_reverse_kl"},
+        "rollout": CONFIGS["grpo"]["rollout"] | {"group_size": 1, "num_prompts": 8},
+        "loop": COMMON["loop"] | {"best_metric": "eval/sampled/reverse_kl"},
+    },
+}  # fmt: skip
+del DISTILL["online_distill"]["losses"]
 
 
 class Place:
@@ -129,12 +144,13 @@ class Place:
         sevens.write(folder / "sevens", seed=0, num_train=60, num_test=20)
         model = Model(ModelConfig(vocab_size=23, **MODEL))
         save(folder / "base", model, model.init(jax.random.key(0)))
+        load_tokenizer(folder / "tokenizer").save(str(folder / "base"))
         (folder / "rewards.py").write_text(REWARD)
-        (folder / "config.yaml").write_text(yaml.safe_dump(CONFIGS[phase]))
+        (folder / "config.yaml").write_text(yaml.safe_dump((CONFIGS | DISTILL)[phase]))
 
     def start(self, *overrides):
         env = os.environ | {
-            "PYTHONPATH": str(REPO), "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(REPO), "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         return subprocess.Popen(
             [sys.executable, "-m", "alignjax", "run", "config.yaml", *overrides],
@@ -290,6 +306,21 @@ def test_killed_at_random_and_during_a_save(tmp_path, uninterrupted, phase):
     kill_at_random(place, seed=phase, num_kills=1)
     resume(place)
     assert_same(place, uninterrupted(phase)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", DISTILL)
+def test_distillation_killed_at_random(tmp_path, uninterrupted, phase):
+    expected = uninterrupted(phase)[1]
+    name = "eval/sampled/reverse_kl" if phase == "online_distill" else "eval/loss"
+    found = [x[name] for x in expected["metrics"] if name in x]
+    assert len(found) == 5 and found[-1] < found[0], "it is worth resuming"
+    assert not any("teacher" in name for name in expected["state"])
+    place = Place(tmp_path, phase)
+    kill_while(place, place.is_saving, after=4)
+    kill_at_random(place, seed=phase, num_kills=2)
+    resume(place)
+    assert_same(place, expected)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 
 from alignjax.models import Model, ModelConfig, save
 from alignjax.text import vocab_tokenizer
+from tests.flags import QUICK
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -64,7 +65,7 @@ def test_killed_and_continued_in_a_recipe(tmp_path):
         return subprocess.Popen(
             [sys.executable, "-m", "alignjax", "run", "r.yaml"],
             cwd=tmp_path / folder,
-            env={**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": ""},
+            env={**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": QUICK},
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,

@@ -107,6 +107,13 @@ def test_what_is_kept_by_hand(root):
     assert len(kept) + len(why) == len(FOUND)
 
 
+def test_a_threshold_is_for_the_prompts_that_its_reward_is_for(root):
+    found = [sample("a", short=0.1, fields={"kind": kind}) for kind in ("sum", "talk", "sum")]
+    args = "{function: format.length, args: {max_tokens: 3}, where: {kind: talk}}"
+    kept, why = chosen(root, found, f"rewards.functions.short={args}")
+    assert kept == [0] and why == ["num_below/short", "num_duplicates"]
+
+
 def test_as_many_of_each_value():
     records = [{"level": level, "n": n} for n, level in enumerate([1, 1, "b", 1, "b", 1, 1, "b"])]
     found, by_value = balanced(records, "level", seed=0)

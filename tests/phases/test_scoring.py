@@ -178,7 +178,7 @@ def test_moments_that_are_none(tmp_path, moments, message):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({}, "at least one of functions and models"),
+        ({}, "at least one of functions, models and judges"),
         ({"models": {"a": {"path": "x", "mean": 1.0}}}, "give both, or neither"),
         ({"models": {"a": {"path": "x", "mean": 1.0, "std": 0.0}}}, "greater than 0"),
         (

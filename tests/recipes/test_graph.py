@@ -27,7 +27,7 @@ FUNCTIONS = """
         raise RuntimeError("the disk is full")
 """
 
-STAGES = ["files", "tokenizer", *DATA_PHASES, *PHASES]
+STAGES = ["files", "tokenizer", "eval", *DATA_PHASES, *PHASES]
 RECIPE = """\
 name: r
 seed: 3

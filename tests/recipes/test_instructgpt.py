@@ -15,6 +15,7 @@ from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes.graph import RecipeConfig
 from alignjax.text import vocab_tokenizer
 from alignjax.train.metrics import read_metrics
+from tests.flags import QUICK
 
 RECIPES = [
     f"{recipe}_{where}"
@@ -71,7 +72,7 @@ def write_pairs(path: Path, count: int = 40) -> Path:
     return path
 
 
-def write_model(path: Path, family: str) -> Path:
+def write_model(path: Path, family: str, context: int = 512) -> Path:
     """A tiny random model with a tokenizer of letters, and a chat template for Qwen."""
     ends = ["<|im_start|>", "<|im_end|>", "<eos>", "<bos>"]
     tokenizer = vocab_tokenizer(
@@ -80,7 +81,7 @@ def write_model(path: Path, family: str) -> Path:
     model = Model(
         ModelConfig(
             family=family, vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=1,
-            num_heads=2, max_position_embeddings=512, attention_bias=family == "qwen2",
+            num_heads=2, max_position_embeddings=context, attention_bias=family == "qwen2",
         )
     )  # fmt: skip
     save(path, model, model.init(jax.random.PRNGKey(0)))
@@ -119,7 +120,7 @@ def run(folder: Path, name: str, *overrides: str) -> str:
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "alignjax", "run", f"recipes/{name}", *small, *overrides],
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"XLA_FLAGS": QUICK, "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=folder,
         timeout=500,
         capture_output=True,

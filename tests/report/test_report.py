@@ -114,6 +114,18 @@ def test_reasoning_picture_of_one_measurement_alone(tmp_path, drawn):
     assert is_png(tmp_path / "r.png") and len(drawn[0].axes) == 2
 
 
+def test_reflection_has_a_panel_where_it_was_measured(tmp_path, drawn):
+    think = Curve([0, 5], [0.1, 0.4], [], [7, 20], reflects=[0.5, 0.025])
+    control = Curve([0, 5], [0.1, 0.1], [], [5, 6], reflects=[0.0, 0.0])
+    reasoning_picture(tmp_path / "r.png", think, control)
+    assert is_png(tmp_path / "r.png")
+    last = drawn[0].axes[2]
+    assert [line.get_ydata().tolist() for line in last.lines] == [[0.5, 0.025], [0.0, 0.0]]
+    assert sorted(texts(last)) == ["no thinking 0.0%", "thinking 2.5%"]
+    ends = [axes.get_position() for axes in drawn[0].axes]
+    assert ends[0].x1 < ends[1].x0 and ends[1].x1 < ends[2].x0 and ends[2].x1 < 1
+
+
 def test_names_of_lines_do_not_overlap(tmp_path, drawn):
     same = Curve([0, 1], [0.5, 0.5], [0.5, 0.5])
     reasoning_picture(tmp_path / "r.png", same, Curve([0, 1], [0.5, 0.5]))

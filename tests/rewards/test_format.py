@@ -89,3 +89,29 @@ def test_another_script():
     for name, num in (("LATIN", 2), ("CYRILLIC", 3), ("CJK", 1), ("HANGUL", 0)):
         assert shape.script("q", thought, None, name=name) == pytest.approx(num / 6)
     assert shape.script("q", "<a>So</a>", None, tag="a") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<think>12*03=46;wait:12*03=36;</think>", 1.0),
+        ("Wait, that is not right.", 1.0),
+        ("WAIT", 1.0),
+        ("Let  me\ncheck.", 1.0),
+        ("the waiter awaited it", 0.0),
+        ("wait_for it", 0.0),
+        ("<answer>7</answer>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_reflects(completion: str, expected: float) -> None:
+    assert shape.reflects("wait", completion, "wait") == expected
+
+
+def test_words_of_reflection_are_the_configs() -> None:
+    assert shape.reflects("q", "hm, (2+2)", None, words=["hm"]) == 1.0
+    assert shape.reflects("q", "wait", None, words=["hm"]) == 0.0
+    assert shape.reflects("q", "a+b", None, words=["a.b"]) == 0.0  # A word, not a pattern.
+    for words in ([], ["wait", " "]):
+        with pytest.raises(ValueError, match="expected at least one, none of them blank"):
+            shape.reflects("q", "c", None, words=words)

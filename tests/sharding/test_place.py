@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from alignjax.sharding import MeshConfig, init_sharded, make_mesh, put_batch, shardings
+from tests.flags import QUICK
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -78,7 +79,7 @@ def test_two_processes():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = f"{QUICK} --xla_force_host_platform_device_count=2"
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", WORKER, str(port)]
     workers = [
