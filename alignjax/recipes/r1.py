@@ -61,7 +61,7 @@ def cold_start(
 
 
 def compare(
-    out_dir: str | Path, *, seed: int, source: str, utility: str, noise: float = 0.1,
+    out_dir: str | Path, *, seed: int, source: str | list[str], utility: str, noise: float = 0.1,
     min_gap: float = 0.3, max_pairs: int = 2, held_out_frac: float = 0.1,
 ) -> None:  # fmt: skip
     """Writes train.jsonl and test.jsonl, {"prompt", "responses": two, "ranks"}, in preference form.
@@ -73,7 +73,8 @@ def compare(
     Args:
       out_dir: created if need be; the files are overwritten.
       seed: of the split, of the pairs and of the mistakes.
-      source: records {"prompt", "responses"} of general prompts, such as `phase: sample` writes.
+      source: records {"prompt", "responses"} of general prompts, such as `phase: sample` writes;
+        all of one prompt are on one side.
       utility: what is looked at, of `UTILITIES`.
       noise: the chance of a mistake.
       min_gap: the difference in worth that a pair has at least, more than this.
@@ -86,10 +87,11 @@ def compare(
         raise UserError(f"utility={utility!r}: expected {' or '.join(UTILITIES)}")
     worth, draw = UTILITIES[utility], Chance(f"{seed}/compare/{utility}")
     sides: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    side_of: dict[str, str] = {}
     records = open_source(source)
     for i in range(len(records)):
         prompt, responses = records[i]["prompt"], records[i]["responses"]
-        side = "test" if draw.chance(held_out_frac) else "train"
+        side = side_of.setdefault(prompt, "test" if draw.chance(held_out_frac) else "train")
         found = [(r, worth(prompt, r, None)) for r in responses]
         pairs = [(a, b) for a, b in permutations(found, 2) if a[1] - b[1] > min_gap]
         for (better, _), (worse, _) in draw.shuffled(pairs)[:max_pairs]:

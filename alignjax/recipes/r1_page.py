@@ -46,7 +46,7 @@ def write(out_dir: str | Path, *, seed: int, zero: str, dev2: str, r1: str) -> N
     stages_picture(
         folder / "r1.png",
         shares,
-        [_row(runs, "accuracy"), _row(runs, "general")],
+        [_row(runs, "accuracy", "language"), _row(runs, "general", "general")],
         title="The whole line of DeepSeek-R1, in a world with known truth",
         subtitle="0.4M parameters, 2 CPU cores. Validation prompts, one sample of each at "
         "temperature 1. That mixing the notations pays is planted in the corpus.",
@@ -60,9 +60,15 @@ def _evaluation(run: Path, index: int) -> Mapping[str, Any]:
     return rows[index]
 
 
-def _row(runs: Mapping[str, Path], part: str) -> Sequence[Transcript]:
-    """How the stages answer one prompt of a kind: the first one shown whose answers differ most in
-    being right, so that there is something to see; how often that is so is for the bars to tell."""
+def _row(runs: Mapping[str, Path], part: str, gained: str) -> Sequence[Transcript]:
+    """How the stages answer one prompt of a kind: of those shown that R1 answers rightly the one
+    that has gained most since Zero, so that there is something to see; how often that is so is for
+    the bars to tell.
+
+    Args:
+      part: the part of the reward that says what is right, which prompts of this kind have.
+      gained: the part whose gain is looked at.
+    """
     shown = {}
     for stage in SHOWN:
         run, index = STAGES[stage]
@@ -73,8 +79,9 @@ def _row(runs: Mapping[str, Path], part: str) -> Sequence[Transcript]:
             f"{runs[run]}: no sample with the reward {part!r} is shown; raise evaluation.num_shown"
         )
 
-    def gain(prompt: str) -> float:
-        return _value(shown["R1"][prompt], part) - _value(shown["Zero"][prompt], part)
+    def gain(prompt: str) -> tuple[float, float]:
+        first, last = shown["Zero"][prompt], shown["R1"][prompt]
+        return _value(last, part), _value(last, gained) - _value(first, gained)
 
     chosen = max(prompts, key=gain)
     return [

@@ -1,5 +1,6 @@
 """What people do between the stages of R1, and the recipe itself in small."""
 
+import itertools
 import json
 from collections import Counter
 
@@ -43,19 +44,26 @@ def test_a_cold_start_is_made_readable_in_part(tmp_path):
         r1.cold_start(tmp_path / "b", seed=0, source=source, num_examples=901)
 
 
-def answers(*thoughts_and_answers):
-    return [f"<think>{t}</think><answer>{a}</answer>" for t, a in thoughts_and_answers]
+GOOD, THINKS, RUDE, WRONG = "good", "thinks", "rude", "wrong"
 
 
-GOOD, THINKS, RUDE, WRONG = answers(("", "abc"), ("01+02=03;", "abc"), ("", "!abc"), ("", "acb"))
+def answers(letters):
+    """To `copy letters=`, by what is to be said of them."""
+    thoughts = {GOOD: ("", letters), THINKS: ("01+02=03;", letters), RUDE: ("", f"!{letters}"),
+                WRONG: ("", f"{letters}h")}  # fmt: skip
+    return {k: f"<think>{t}</think><answer>{a}</answer>" for k, (t, a) in thoughts.items()}
 
 
 @pytest.fixture
 def source(tmp_path):
-    records = [
-        {"prompt": "copy abc=", "responses": [GOOD, THINKS, RUDE, WRONG]} for _ in range(600)
-    ]
-    return write(tmp_path / "preferences.jsonl", records)
+    """Each prompt in both files: of all the answers, and of two of them."""
+    letters = ["".join(x) for x in itertools.product("abcdefgh", repeat=3)]
+    found = [(f"copy {x}=", list(answers(x).values())) for x in letters]
+    first, second = (
+        write(tmp_path / name, [{"prompt": p, "responses": r[start:]} for p, r in found])
+        for name, start in (("first.jsonl", 0), ("second.jsonl", 2))
+    )
+    return [first, second]
 
 
 @pytest.mark.parametrize(
@@ -71,15 +79,19 @@ def source(tmp_path):
 def test_people_compare_answers_of_unlike_worth(tmp_path, source, utility, min_gap, pairs):
     r1.compare(tmp_path / "a", seed=0, source=source, utility=utility, min_gap=min_gap)
     train, test = (read(tmp_path / f"a/{side}.jsonl") for side in ("train", "test"))
-    assert len(train + test) == 2 * 600
-    assert len(test) / 1200 == pytest.approx(0.1, abs=0.04)
+    # Two of the pairs of a prompt in the first file, and the one that is in the second.
+    assert len(train + test) == 3 * 512
+    assert len(test) / 1536 == pytest.approx(0.1, abs=0.04)
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
     for side, noise in ((train, 0.1), (test, 0.0)):
         places, mistakes, seen = [], 0, set()
         for record in side:
             assert set(record) == {"prompt", "responses", "ranks"}
             first = record["ranks"].index(1)
             assert record["ranks"] == ([1, 2] if first == 0 else [2, 1])
-            said = (record["responses"][first], record["responses"][1 - first])
+            known = {text: name for name, text in answers(record["prompt"][5:-1]).items()}
+            both = [known[response] for response in record["responses"]]
+            said = (both[first], both[1 - first])
             is_right = said in pairs
             assert is_right or said[::-1] in pairs
             mistakes += not is_right
@@ -87,7 +99,7 @@ def test_people_compare_answers_of_unlike_worth(tmp_path, source, utility, min_g
             places.append(first)
         assert seen == pairs
         assert mistakes / len(side) == pytest.approx(noise, abs=0.03 if noise else 0)
-        assert sum(places) / len(places) == pytest.approx(0.5, abs=0.15)
+        assert sum(places) / len(places) == pytest.approx(0.5, abs=0.1)
 
 
 def test_what_cannot_be_compared(tmp_path, source):

@@ -10,8 +10,8 @@ from alignjax.recipes import r1_page
 RUNS = ("zero", "dev2", "r1")
 
 
-def sample(step, prompt, part, value):
-    return {"step": step, "split": "eval/sampled", "prompt": prompt, "parts": {part: value},
+def sample(step, prompt, part, value, **more):
+    return {"step": step, "split": "eval/sampled", "prompt": prompt, "parts": {part: value, **more},
             "completion": f"of {prompt} at {step}"}  # fmt: skip
 
 
@@ -25,10 +25,11 @@ def runs(tmp_path):
             names = r1_page.PANELS.values()
             rows += [{"step": step, **{f"eval/sampled/{name}": share for name in names}}]
             rows += [{"step": step + 1, "loss": 1.0}]
-            # What R1 gains on "b" is most: Zero has 0, R1 has 1.
+            # Of what R1 solves "12+04=" gains most in language, and "b" in being right.
             samples += [
-                sample(step, "12+03=", "accuracy", 1.0),
-                sample(step, "12+04=", "accuracy", float(run == "r1" and step == 10)),
+                sample(step, "12+03=", "accuracy", 1.0, language=1.0),
+                sample(step, "12+04=", "accuracy", 1.0, language=float(run != "zero")),
+                sample(step, "12+05=", "accuracy", 0.0, language=2.0 * (run == "r1")),
                 sample(step, "copy a=", "general", 0.0),
                 sample(step, "copy b=", "general", float(run != "zero")),
                 sample(step, "copy c=", "general", float(run == "zero")),
@@ -56,7 +57,7 @@ def test_stages_are_those_that_the_evaluations_are_of(runs, tmp_path, monkeypatc
     assert shares["Unsafe answers"] == pytest.approx(expected)
     assert json.loads((tmp_path / "page/stages.json").read_text()) == shares
     assert [(t.title, t.completion, t.is_correct) for t in sums] == [
-        ("Zero", "of 12+04= at 10", False), ("Dev2", "of 12+04= at 10", False),
+        ("Zero", "of 12+04= at 10", True), ("Dev2", "of 12+04= at 10", True),
         ("R1", "of 12+04= at 10", True),
     ]  # fmt: skip
     assert [(t.prompt, t.is_correct) for t in requests] == [
