@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, model_validator
 
 from alignjax.core.errors import UserError
 from alignjax.core.intervals import Mean, mean_by_row, row_means
@@ -23,6 +23,18 @@ from alignjax.rewards.combine import RewardConfig
 from alignjax.rewards.rollout import Rollouts
 
 
+def _checked(place: str) -> str:
+    try:
+        find_answer("", place)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return place
+
+
+Place = Annotated[str, AfterValidator(_checked)]
+"""Where an answer stands; see `rewards.answers.find_answer`."""
+
+
 class EvalConfig(SamplingConfig):
     """What to measure. The config of a grpo run has all of it but the model."""
 
@@ -36,20 +48,11 @@ class EvalConfig(SamplingConfig):
     correct: str | None = "accuracy"
     """The part of the reward that says whether an answer is right: at least 0.5 counts as right.
     null: no answer is right or wrong, and the reward alone is measured."""
-    answer: str = "answer_tag"
+    answer: Place = "answer_tag"
     """Where the answer stands that maj@k votes on; see rewards.verify."""
     reference: str | None = None
     """A model with the same tokenizer, such as the one that training began with: how far the model
     has moved from it is measured, too, as the KL per completion."""
-
-    @field_validator("answer")
-    @classmethod
-    def _is_place(cls, place: str) -> str:
-        try:
-            find_answer("", place)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        return place
 
     @model_validator(mode="after")
     def _samples_all(self) -> Self:
