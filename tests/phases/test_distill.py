@@ -121,9 +121,10 @@ def test_the_loss_and_what_is_measured_by_hand(world, kind):
     assert step["loss"] == pytest.approx(float(total / weight), rel=1e-6)
 
 
-@pytest.mark.parametrize("k", [None, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("k", [None, pytest.param(12, marks=pytest.mark.slow)])
 def test_the_student_comes_near_the_teacher(world, k):
-    """On held-out prompts: the KL to the whole teacher, whatever was learned from."""
+    """On held-out prompts: the KL to the whole teacher, whatever was learned from. Of this flat
+    teacher the 4 most likely tokens of 23 are too few: 0.31 nats remain, in what they leave out."""
     data = {"eval": str(world / "held_out.jsonl")}
     phase = judge = make(world, data=data)
     if k is not None:
