@@ -13,6 +13,7 @@ from alignjax.core import digest
 from alignjax.core.hub import resolve
 from alignjax.data import TextOptions
 from alignjax.evals.sampler import SamplingConfig
+from alignjax.rewards.combine import RewardConfig
 
 COMPARED = ("data", "prompt", "sampling", "scoring")
 """Parts of a provenance that have to be equal; the model is what may differ."""
@@ -82,6 +83,13 @@ def prompt_values(text: TextOptions, **more: Any) -> dict[str, Any]:
     if text.chat_template is not None:
         values["text"]["chat_template"] = Path(text.chat_template).read_text(encoding="utf-8")
     return json.loads(json.dumps(values))
+
+
+def reward_values(rewards: RewardConfig) -> dict[str, Any]:
+    """What scores depend on: not the limits of processes, nor where a judge's answers are kept."""
+    values = rewards.model_dump(mode="json", include={"functions", "models", "judges"})
+    values["judges"] = {name: one | {"cache": None} for name, one in values["judges"].items()}
+    return values
 
 
 def model_digest(path: str) -> str:

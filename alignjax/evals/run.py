@@ -15,7 +15,7 @@ from alignjax.core.precision import compute_dtype
 from alignjax.evals.accuracy import Estimate, maj_at_k, pass_at_1, pass_at_k
 from alignjax.evals.kl import log_ratios
 from alignjax.evals.problems import Problems, open_problems, shot_encoder
-from alignjax.evals.provenance import Provenance, prompt_values, provenance
+from alignjax.evals.provenance import Provenance, prompt_values, provenance, reward_values
 from alignjax.evals.results import row_figure, write_results
 from alignjax.evals.sampler import MakeRewards, Sampler, SamplingConfig
 from alignjax.rewards.answers import find_answer, visible
@@ -186,7 +186,7 @@ def evaluate(config: EvalConfig, make_rewards: MakeRewards) -> Report:
         prompt=prompt_values(config.text, shots=config.shots, separator=config.shot_separator),
         sampling=config,
         scoring={
-            "rewards": config.rewards.model_dump(mode="json", include={"functions", "models"}),
+            "rewards": reward_values(config.rewards),
             "correct": config.correct,
             "answer": config.answer,
         },

@@ -22,7 +22,13 @@ from alignjax.core.intervals import or_null, row_means
 from alignjax.core.types import Sample
 from alignjax.evals.accuracy import Estimate
 from alignjax.evals.problems import Problems, open_problems, shot_encoder
-from alignjax.evals.provenance import Provenance, model_digest, prompt_values, provenance
+from alignjax.evals.provenance import (
+    Provenance,
+    model_digest,
+    prompt_values,
+    provenance,
+    reward_values,
+)
 from alignjax.evals.results import write_results
 from alignjax.evals.sampler import MakeRewards, Sampler, SamplingConfig
 from alignjax.rewards.combine import RewardConfig
@@ -163,7 +169,7 @@ def compare(config: CompareConfig, make_rewards: MakeRewards, make_judge: MakeJu
         prompt=prompt_values(config.text, shots=config.shots, separator=config.shot_separator),
         sampling=config,
         scoring={
-            "rewards": None if config.rewards is None else to_dict(config.rewards),
+            "rewards": None if config.rewards is None else reward_values(config.rewards),
             # Where its answers are kept does not change them.
             "judge": None if config.judge is None else to_dict(config.judge) | {"cache": None},
             "against": {"path": config.b, "digest": model_digest(config.b)},

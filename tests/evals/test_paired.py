@@ -8,9 +8,10 @@ import pytest
 from alignjax.core.config import build, loads
 from alignjax.core.errors import UserError
 from alignjax.evals.paired import compare_evaluations, paired, read_evaluation
-from alignjax.evals.provenance import prompt_values, provenance
+from alignjax.evals.provenance import prompt_values, provenance, reward_values
 from alignjax.evals.results import write_results
 from alignjax.evals.run import EvalConfig
+from alignjax.rewards.combine import RewardConfig
 
 CONFIG = """
 model: {root}/m
@@ -152,3 +153,16 @@ def test_digests_are_of_what_things_hold(tmp_path):
     assert {p: a[p]["digest"] for p in ("data", "prompt", "sampling", "scoring")} == {
         p: c[p]["digest"] for p in ("data", "prompt", "sampling", "scoring")
     }
+
+
+def test_what_scores_depend_on():
+    """Another judge is another scoring; another cache, or more processes, are not."""
+
+    def values(function="mine:score", cache=None, num_workers=2):
+        judge = {"name": "j", "function": function, "cache": cache}
+        return reward_values(
+            RewardConfig.model_validate({"judges": {"liked": judge}, "num_workers": num_workers})
+        )
+
+    assert values() == values(cache="answers.sqlite", num_workers=4)
+    assert values() != values(function="mine:other")
