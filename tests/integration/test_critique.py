@@ -2,12 +2,6 @@
 
 import gzip
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import pytest
@@ -19,8 +13,8 @@ from alignjax.models import Model, ModelConfig, save
 from alignjax.phases.registry import DATA_PHASES
 from alignjax.recipes.stage import run_data_phase
 from alignjax.text import train_sentencepiece, vocab_tokenizer
+from tests.integration.killed import kill_and_continue
 
-REPO = Path(__file__).resolve().parents[2]
 CONFIG = """
 name: r
 stages:
@@ -80,41 +74,10 @@ def test_killed_and_continued_in_a_recipe(tmp_path):
         (here / "prompts.jsonl").write_text("\n".join(lines) + "\n")
         helpful = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
         (here / "helpful.jsonl").write_text(helpful * 10)
-
-    def start(folder):
-        return subprocess.Popen(
-            [sys.executable, "-m", "alignjax", "run", "r.yaml"],
-            cwd=tmp_path / folder,
-            env={**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": ""},
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    whole = start("whole")
-    assert whole.wait(timeout=300) == 0, whole.stderr.read()
-    progress = tmp_path / "cut" / "runs" / "r" / "revisions" / "progress.json"
-    for num in (2, 20):  # Prompts that are done when the process is killed, at least.
-        process = start("cut")
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and process.poll() is None:
-            if progress.exists():
-                done = json.loads(progress.read_text())["state"]["counts"]["num_prompts"]
-                if done >= num:
-                    break
-            time.sleep(0.002)
-        assert process.poll() is None, "killed before the end"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not progress.with_name("trace.jsonl").exists()
-    last = start("cut")
-    assert last.wait(timeout=300) == 0, last.stderr.read()
     names = ("revisions/trace.jsonl", "revisions/revisions.jsonl", "revisions/critique.json",
              "tuned/model/model.safetensors")  # fmt: skip
-    for name in names:
-        one, other = (tmp_path / f / "runs" / "r" / name for f in ("whole", "cut"))
-        assert one.read_bytes() == other.read_bytes(), name
-    trace = progress.with_name("trace.jsonl").read_text().splitlines()
+    kill_and_continue(tmp_path, "revisions", "trace.jsonl", (2, 20), names)
+    trace = (tmp_path / "cut" / "runs" / "r" / "revisions" / "trace.jsonl").read_text().splitlines()
     assert [json.loads(line)["number"] for line in trace] == list(range(60))
 
 

@@ -1,20 +1,14 @@
 """`phase: sample` in real processes: one that is killed with SIGKILL ends as one that is not."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import pytest
 
 from alignjax.models import Model, ModelConfig, save
 from alignjax.text import vocab_tokenizer
+from tests.integration.killed import kill_and_continue, start
 
-REPO = Path(__file__).resolve().parents[2]
 CONFIG = """
 name: r
 stages:
@@ -59,44 +53,15 @@ def test_killed_and_continued_in_a_recipe(tmp_path):
         (here / "mine.py").write_text(REWARD)
         lines = [json.dumps({"q": "abcdefgh"[i % 8], "number": i}) for i in range(30)]
         (here / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-
-    def start(folder):
-        return subprocess.Popen(
-            [sys.executable, "-m", "alignjax", "run", "r.yaml"],
-            cwd=tmp_path / folder,
-            env={**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": ""},
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    whole = start("whole")
-    assert whole.wait(timeout=300) == 0, whole.stderr.read()
-    progress = tmp_path / "cut" / "runs" / "r" / "drawn" / "progress.json"
-    for num in (2, 10):  # Prompts that are done when the process is killed, at least.
-        process = start("cut")
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and process.poll() is None:
-            if progress.exists():
-                done = json.loads(progress.read_text())["state"]["counts"]["num_prompts"]
-                if done >= num:
-                    break
-            time.sleep(0.02)
-        assert process.poll() is None, "killed before the end"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not progress.with_name("preferences.jsonl").exists()
-    last = start("cut")
-    assert last.wait(timeout=300) == 0, last.stderr.read()
     names = ("drawn/preferences.jsonl", "drawn/best.jsonl", "drawn/sample.json",
              "tuned/model/model.safetensors")  # fmt: skip
-    for name in names:
-        one, other = (tmp_path / f / "runs" / "r" / name for f in ("whole", "cut"))
-        assert one.read_bytes() == other.read_bytes(), name
-    records = progress.with_name("preferences.jsonl").read_text().splitlines()
+    kill_and_continue(tmp_path, "drawn", "preferences.jsonl", (2, 10), names)
+    records = (
+        (tmp_path / "cut" / "runs" / "r" / "drawn" / "preferences.jsonl").read_text().splitlines()
+    )
     assert [json.loads(line)["number"] for line in records] == sorted(
         {json.loads(line)["number"] for line in records}
     ), "in order, none twice"
-    again = start("cut")
+    again = start(tmp_path / "cut")
     assert again.wait(timeout=300) == 0
     assert "preferences.jsonl is there already: nothing to do" in again.stderr.read()
