@@ -121,6 +121,7 @@ CASES = {
                 "rollout.num_prompts=8",
                 "keep={accuracy: {at_least: 0}}",
             ),
+            "vocabulary": ("vocab_size=289",),  # The small world has fewer signs.
             "qwen_base": (f"model.init={{family: qwen3, {TINY}}}", "data.rows=4"),
             "llama_base": (f"model.init={{family: llama, {TINY}}}", "data.rows=4"),
             **dict.fromkeys(("qwen", "llama", "qwen_logits"), ("data.rows=4",)),
