@@ -156,7 +156,7 @@ def write(
     seed: int,
     num_sums: int = 34_000,
     num_drills: int = 14_000,
-    num_requests: int = 8_000,
+    num_requests: int = 16_000,
     num_train: int = 8_192,
     num_held_out: int = 512,
     num_demonstrations: int = 1_024,
