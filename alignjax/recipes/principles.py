@@ -201,14 +201,17 @@ JUDGE_TEMPLATE = (
 )
 
 
+KINDS = ("answer", "critique", "critique", "revision", "comparison", "comparison")
+
+
 def corpus(draw: Draw, questions: list[Question], num_lines: int) -> Iterator[dict[str, str]]:
-    """Lines {"prompt", "completion"}: of five an answer, two critiques, a revision and a comparison
-    under all principles, one after the other in any order: a verdict is a single word, and there
-    would be little to learn from if each stood alone behind two answers."""
+    """Lines {"prompt", "completion"}: of six an answer, two critiques, a revision and two
+    comparisons, under all principles, one after the other in any order: a verdict is a single word,
+    and there would be little to learn from if each stood alone behind two answers."""
     for number in range(num_lines):
         question, principle = draw.choice(questions), draw.choice(PRINCIPLES)
         answer = draw.answer(question)
-        kind = ("answer", "critique", "critique", "revision", "comparison")[number % 5]
+        kind = KINDS[number % len(KINDS)]
         if kind == "answer":
             yield {"prompt": question.prompt, "completion": answer.text}
             continue
@@ -231,7 +234,7 @@ def corpus(draw: Draw, questions: list[Question], num_lines: int) -> Iterator[di
 
 
 def write(
-    out_dir: str | Path, *, seed: int, num_lines: int = 64_000, num_helpful: int = 1_000
+    out_dir: str | Path, *, seed: int, num_lines: int = 84_000, num_helpful: int = 1_000
 ) -> None:
     """Writes corpus.jsonl and helpful.jsonl ({"prompt", "completion"}), train.jsonl,
     validation.jsonl and test.jsonl ({"prompt"}), constitution.yaml, compare.jinja and tokenizer/.
