@@ -9,7 +9,6 @@ reward and the KL from the base model. Runs go to runs/; what is finished is not
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from record import REPO, RESULTS, write
+from table import cell, table
 
 from alignjax.cli.runtime import prepare
 from alignjax.core.types import Sample, Score
@@ -31,11 +31,13 @@ from alignjax.report import style
 from alignjax.rewards.combine import RewardConfig
 from alignjax.rewards.rollout import Rollouts, Task
 from alignjax.sharding import MeshConfig, make_mesh
+from alignjax.train.metrics import read_metrics
 
 RECIPE = REPO / "configs" / "recipes" / "manners.yaml"
 POLICIES = ("ppo", "online_dpo", "dpo", "simpo", "kto", "orpo")
 NUM_SAMPLES = 4
 PARTS = ("polite", "right", "digits", "short")
+COLUMNS = dict.fromkeys(("hidden", "kl", *PARTS), ".2f") | {"length": ".1f"}
 
 
 def hidden(samples: list[Sample]) -> list[Score]:
@@ -94,9 +96,7 @@ def measure(seed: int, overrides: list[str]) -> dict[str, Any]:
         noted.write_text(json.dumps((time.perf_counter() - start) / 60))
     result: dict[str, Any] = {"seed": seed}
     result["minutes"] = json.loads(noted.read_text()) if noted.exists() else None
-    reward = [json.loads(line) for line in (folder / "reward/metrics.jsonl").open()][-1]
-    names = ("accuracy", "accuracy_low", "accuracy_high", "calibration_error")
-    result["reward_model"] = {k: reward[f"eval/{k}"] for k in names if f"eval/{k}" in reward}
+    result["reward_model"] = held_out_accuracy(folder / "reward")
     prompts, base = folder / "world/test.jsonl", folder / "base/model"
     from_base = sampled(base, prompts)
     result["base"] = summary(from_base, np.zeros(1))
@@ -106,6 +106,13 @@ def measure(seed: int, overrides: list[str]) -> dict[str, Any]:
         rollouts = sampled(path, prompts)
         result[policy] = summary(rollouts, kl(rollouts, path, base))
     return result
+
+
+def held_out_accuracy(reward: Path) -> dict[str, float]:
+    """What a finished reward phase found of its model at the end."""
+    last = read_metrics(reward)[-1]
+    names = ("accuracy", "accuracy_low", "accuracy_high", "calibration_error")
+    return {name: last[f"eval/{name}"] for name in names if f"eval/{name}" in last}
 
 
 def best_of_n(rollouts: Rollouts, base: Path, reward_model: Path) -> dict[str, float]:
@@ -125,23 +132,6 @@ def best_of_n(rollouts: Rollouts, base: Path, reward_model: Path) -> dict[str, f
         "kl": float(np.log(n) - (n - 1) / n),
         "length": float(rollouts.completions.lengths[rows].mean()),
     }
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each model, the mean over seeds with the range."""
-    columns = ("hidden", "kl", *PARTS, "length")
-    lines = [f"| model | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
-    for name in ("base", "best_of_4", *POLICIES):
-        cells = []
-        for column in columns:
-            values = [result[name][column] for result in results]
-            cell = f"{statistics.mean(values):.2f}"
-            if column in ("hidden", "kl") and len(values) > 1:
-                cell += f" ({min(values):.2f} to {max(values):.2f})"
-            cells.append(cell)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    found = [f"{100 * result['reward_model']['accuracy']:.1f}%" for result in results]
-    return "\n".join(lines) + f"\n\nreward model, held-out pairs: {', '.join(found)}\n"
 
 
 def picture(results: list[dict[str, Any]], path: Path) -> None:
@@ -168,7 +158,10 @@ def main() -> None:
     results = [measure(seed, args.overrides) for seed in args.seeds]
     write(RESULTS / "manners.json", {"num_prompts": 292, "seeds": results})
     picture(results, REPO / "docs" / "img" / "manners.png")
-    print(table(results))
+    rows = {name: [r[name] for r in results] for name in ("base", "best_of_4", *POLICIES)}
+    print(table(rows, COLUMNS))
+    accuracy = [result["reward_model"]["accuracy"] for result in results]
+    print(f"reward model, held-out pairs: {cell(accuracy, '.1%')}")
 
 
 if __name__ == "__main__":

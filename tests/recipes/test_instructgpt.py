@@ -46,18 +46,6 @@ def test_each_stage_starts_from_the_one_before(name: str) -> None:
         assert learned.path == f"runs/{name}/reward/model"
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_rows_divide_over_the_devices(name: str) -> None:
-    num_devices = 4 if name.endswith("tpu") else 1
-    for stage in recipe(name).stages.values():
-        if stage.phase == "sft":
-            assert stage.data.rows % num_devices == 0
-        elif stage.phase in ("reward", "preference"):
-            assert stage.data.num_prompts // stage.data.micro_batches % num_devices == 0
-        elif stage.phase == "ppo":
-            assert stage.rows_per_update // stage.data.micro_batches % num_devices == 0
-
-
 WORDS = ("red", "blue", "old", "new", "big", "small", "near", "far")
 
 
