@@ -102,14 +102,26 @@ def truth(prompt: str, completion: str, **fields: Any) -> dict[str, float]:
     return {"reward": -sum(found.values()), **found, "helpful": helpful(prompt, completion)}
 
 
-def true_judge(prompt: str, first: str, second: str, question: str, *, noise: float = 0.0) -> float:
+def true_judge(
+    prompt: str,
+    first: str,
+    second: str,
+    question: str,
+    *,
+    noise: float = 0.0,
+    fond_of: str | None = None,
+) -> float:
     """The probability that `first` is better under the principle that `question` names: 1/2 if both
     keep it or both break it.
 
     Args:
       noise: share of pairs, found by their text, whose verdict is turned round in both orders.
+      fond_of: a word that makes an answer better wherever the principle decides nothing: an error
+        that no number of pairs averages out.
     """
     one, other = broken(first)[question], broken(second)[question]
+    if one == other and fond_of is not None:
+        one, other = (fond_of not in _words(text) for text in (first, second))
     drawn = zlib.crc32("\0".join([prompt, question, *sorted([first, second])]).encode()) / 2**32
     sign = -1 if drawn < noise else 1
     return 0.5 + sign * (other - one) / 2

@@ -52,6 +52,11 @@ def test_the_judge_that_knows():
     assert (judge(GOOD, rude), judge(rude, GOOD), judge(rude, rude)) == (1, 0, 0.5)
     assert judge(GOOD, rude, "long") == 0.5
     assert (judge(GOOD, rude, noise=1.0), judge(rude, GOOD, noise=1.0)) == (0, 1)
+    # A word that it is fond of counts where the principle decides nothing.
+    fond = principles.true_judge(PROMPT, GOOD, rude, "long", fond_of="quite")
+    assert (fond, principles.true_judge(PROMPT, rude, GOOD, "long", fond_of="quite")) == (1, 0)
+    assert principles.true_judge(PROMPT, GOOD, GOOD, "long", fond_of="quite") == 0.5
+    assert principles.true_judge(PROMPT, rude, GOOD, "rude", fond_of="oaf") == 0
     # A pair is turned round in both orders, or in none.
     pairs = [(GOOD + f" {n}", rude + f" {n}") for n in range(500)]
     forward = [judge(a, b, noise=0.2) for a, b in pairs]
