@@ -1,5 +1,6 @@
 """Files of records -> token rows and prompts on the host, with a position. Imports no jax."""
 
+from alignjax.data.branches import sequence_ids, share_prompts, shared_row_len
 from alignjax.data.comparison_rows import branch_segments, comparison_rows, most_in_row
 from alignjax.data.comparisons import Comparison, View, all_responses, pairs, rankings, unpaired
 from alignjax.data.elements import Element, comparison_encoder
@@ -48,6 +49,9 @@ __all__ = [
     "prompt_encoder",
     "rankings",
     "sequence_encoder",
+    "sequence_ids",
+    "share_prompts",
+    "shared_row_len",
     "texts",
     "token_rows",
     "training_source",

@@ -54,7 +54,7 @@ def grpo_loss(
         batch.get("ref_logps"),
         batch["advantages"],
         mask,
-        batch["segment_ids"],
+        batch.get("sequence_ids", batch["segment_ids"]),
         max_len=max_tokens,
     )
     surrogate = found.surrogate
@@ -85,6 +85,8 @@ class Grpo:
         self._policy = Policy(config, mesh)
         model, rollout, algorithm = self._policy.model, config.rollout, config.algorithm
         self._rows = Rows.of(config, mesh)
+        if (num_sharing := config.num_sharing) > 1:
+            self._rows = Rows.sharing(config, mesh, num_sharing)
         self._sampler = Sampler(config, self._policy, mesh)
         self._sampling = self._sampler.sampling
         self._optimizer = make_optimizer(

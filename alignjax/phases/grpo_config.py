@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -223,12 +223,30 @@ class RlConfig(PhaseConfig):
         return self.rollout.num_prompts * self.rollout.group_size // self.num_minibatches
 
 
+class GrpoData(RlData):
+    """As RlData, with prompts that completions share."""
+
+    num_sharing: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Completions of a prompt that are computed beside one copy of it in a row, which is as long as
+    all of them together; 1: each after a copy of its own. auto: a whole group where prompts may be
+    as long as completions or longer, else 1. The gradient is the same."""
+
+
 class GrpoConfig(RlConfig):
     """`phase: grpo`."""
 
     phase: Literal["grpo"]
+    data: GrpoData
     algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig(**{}))
 
     @property
     def num_minibatches(self) -> int:
         return self.algorithm.num_minibatches
+
+    @property
+    def num_sharing(self) -> int:
+        """`data.num_sharing` as a number, at most a group."""
+        limits, asked = self.rollout, self.data.num_sharing
+        if asked == "auto":
+            return limits.group_size if limits.max_prompt_tokens >= limits.max_tokens else 1
+        return min(asked, limits.group_size)

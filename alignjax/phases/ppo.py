@@ -44,7 +44,7 @@ from alignjax.phases.rollouts import (
 from alignjax.rewards.rollout import Rollouts
 from alignjax.sharding import batch_shards, copied, put_batch
 from alignjax.train.loop import Collected, Evaluated
-from alignjax.train.optim import make_optimizer, with_scale
+from alignjax.train.optim import make_optimizer
 from alignjax.train.state import TrainState, create_state
 from alignjax.train.step import Batch, Metrics, make_step, over_micro_batches
 
@@ -70,10 +70,11 @@ class Ppo:
         critic: Critic = CRITICS[config.critic.trunk](config, self._policy, mesh)
         self._critic = critic
         self._texts = None if config.ptx is None else self._make_texts(config.ptx)
-        optimizer = make_optimizer(
-            config.optimizer, config.loop.steps * algorithm.num_epochs * algorithm.num_minibatches
+        self._optimizer = make_optimizer(
+            config.optimizer,
+            config.loop.steps * algorithm.num_epochs * algorithm.num_minibatches,
+            scales={critic.name: config.critic.learning_rate_scale},
         )
-        self._optimizer = with_scale(optimizer, critic.name, config.critic.learning_rate_scale)
         # Under LoRA the reference is the base: no second copy of the weights.
         self._reference: Params | None = self._policy.frozen
         is_base = self._reference is not None

@@ -22,6 +22,9 @@ from alignjax.data import (
     open_source,
     pack,
     prompt_encoder,
+    sequence_ids,
+    share_prompts,
+    shared_row_len,
 )
 from alignjax.generate import make_generate
 from alignjax.losses import token_mean
@@ -153,12 +156,14 @@ class Rows:
       num_parts: micro-batches.
       row_len: tokens of a row.
       packed: several sequences may share a row.
+      num_sharing: completions that share one copy of their prompt, as branches of a sequence.
     """
 
     num_rows: int
     num_parts: int
     row_len: int
     packed: bool
+    num_sharing: int = 1
 
     @classmethod
     def of(cls, config: RlConfig, mesh: Mesh) -> "Rows":
@@ -167,8 +172,37 @@ class Rows:
         row_len = config.rollout.max_prompt_tokens + config.rollout.max_tokens
         return cls(config.rows_per_update, config.data.micro_batches, row_len, config.data.packed)
 
+    @classmethod
+    def sharing(cls, config: RlConfig, mesh: Mesh, num_sharing: int) -> "Rows":
+        """As `of`, where so many completions of a prompt share a row, which is as long as they may
+        be together."""
+        limits, total = config.rollout, config.rows_per_update
+        own = -(-limits.group_size // num_sharing)  # Rows that a whole group takes.
+        # Minibatches hold any part of any group, each part with a last row that is not full.
+        spread = -(-(total + limits.num_prompts * (num_sharing - 1)) // num_sharing)
+        num_rows = limits.num_prompts * own
+        if config.num_minibatches > 1:
+            num_rows = min(num_rows, spread)
+        unit = config.data.micro_batches * batch_shards(mesh)
+        row_len = shared_row_len(limits.max_prompt_tokens, limits.max_tokens, num_sharing)
+        return cls(
+            -(-num_rows // unit) * unit,
+            config.data.micro_batches,
+            row_len,
+            config.data.packed,
+            num_sharing,
+        )
+
     def pack(self, sequences: Sequence[Tokens], num_updates: int = 1) -> Tokens:
-        """[M, R, T] of what so many updates take."""
+        """[M, R, T] of what so many updates take, longest first (first-fit decreasing).
+
+        Where completions share prompts, also `branches` and, since a segment is then several
+        completions, `sequence_ids`.
+        """
+        if self.num_sharing > 1:
+            sequences = share_prompts(sequences, self.num_sharing)
+        if self.packed:
+            sequences = sorted(sequences, key=lambda one: -len(one["tokens"]))
         packed, num_used = pack(
             sequences,
             num_rows=num_updates * self.num_rows,
@@ -176,6 +210,8 @@ class Rows:
             packed=self.packed,
         )
         assert num_used == len(sequences), "as many rows as sequences hold them all"
+        if self.num_sharing > 1:
+            packed["sequence_ids"] = sequence_ids(packed)
         shape = num_updates * self.num_parts, self.num_rows // self.num_parts, self.row_len
         return {k: v.reshape(shape) for k, v in packed.items()}
 

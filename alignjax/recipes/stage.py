@@ -26,8 +26,9 @@ from alignjax.report.training import training_report
 from alignjax.rewards.judge_config import LIMITS
 from alignjax.sharding import make_mesh
 from alignjax.train.checkpoint import Checkpointer
-from alignjax.train.loop import train
+from alignjax.train.loop import evaluated, train
 from alignjax.train.metrics import read_metrics, replace_file
+from alignjax.train.optim import averaged, make_optimizer
 from alignjax.train.progress import Progress
 
 INPUTS = (
@@ -89,7 +90,7 @@ def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
         if frontier_of(metrics) is not None:
             frontier_picture({config.name: metrics}, run_dir / "frontier.png")
         # Last, since its presence says that the run is finished.
-        phase.export(state, model_dir)
+        phase.export(evaluated(state), model_dir)
         progress.note(f"wrote {model_dir}")
     return model_dir
 
@@ -272,7 +273,12 @@ def export_checkpoint(
     policy = exporter(config, make_mesh(config.mesh))
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=config.loop.keep, read_only=True)
     with contextlib.closing(checkpoints):
-        step, params = checkpoints.restore_params(policy.init(jax.random.PRNGKey(0)), step)
+        parts = {"params": policy.init(jax.random.PRNGKey(0))}
+        if config.optimizer.name == "schedule_free":
+            transform = make_optimizer(config.optimizer, config.loop.steps).transform
+            parts["opt_state"] = transform.init(parts["params"])
+        step, parts = checkpoints.restore_parts(parts, step)
+    params = averaged(parts["params"], parts.get("opt_state"))
     if adapter:
         policy.export_adapter(params, out)
     else:

@@ -12,7 +12,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from alignjax.core.errors import UserError
-from alignjax.core.types import Params
 
 State = TypeVar("State")
 _CHECKSUMS = "checksums.json"
@@ -128,9 +127,13 @@ class Checkpointer:
             )
         return None
 
-    def restore_params(self, template: Params, step: int | None = None) -> tuple[int, Params]:
-        """The params alone of a checkpoint, the newest if no step is given: (step, params).
+    def restore_parts(
+        self, template: Mapping[str, Any], step: int | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Parts of the state of a checkpoint, the newest if no step is given: (step, parts).
 
+        Args:
+          template: such as {"params": ...}; of a part, too, some keys may be left out.
         Raises:
           UserError: if there is no such checkpoint, or it is damaged.
         """
@@ -143,7 +146,7 @@ class Checkpointer:
         step = steps[-1] if step is None else step
         if (fault := self._fault(step)) is not None:
             raise UserError(f"checkpoint {self.directory / str(step)} is damaged ({fault})")
-        item = {"params": _abstract(template)}
+        item = _abstract(dict(template))
         self._check_fits(step, item, is_part=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(
@@ -154,7 +157,7 @@ class Checkpointer:
                     partial_restore=True,
                 ),
             )
-        return step, restored["params"]
+        return step, restored
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()

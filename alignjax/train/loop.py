@@ -18,6 +18,7 @@ from alignjax.core.config import Config
 from alignjax.core.errors import UserError
 from alignjax.train.checkpoint import Checkpointer
 from alignjax.train.metrics import MetricWriter
+from alignjax.train.optim import averaged
 from alignjax.train.progress import Progress
 from alignjax.train.state import TrainState
 from alignjax.train.step import Batch
@@ -150,7 +151,7 @@ def train(
     failures, num_logged = 0, 0
     with contextlib.closing(checkpoints), contextlib.closing(writer), _signals() as interrupted:
         if restored is None:
-            first = phase.evaluate(state)
+            first = phase.evaluate(evaluated(state))
             if best is not None and best.startswith("eval/"):
                 _check_best(best, first.metrics)
             writer.write(0, first.metrics, first.samples)
@@ -196,7 +197,7 @@ def train(
                         progress.warn(f"step {step}: {warning}")
                 if is_last or (config.eval_every and step % config.eval_every == 0):
                     with watch.paused():
-                        seen = phase.evaluate(state)
+                        seen = phase.evaluate(evaluated(state))
                     metrics |= seen.metrics
                     samples += seen.samples
                 if is_logged and best is not None and not best.startswith("eval/"):
@@ -221,6 +222,11 @@ def train(
             progress.note(f"{done}; {resume_command} continues from there")
             raise KeyboardInterrupt
     return state
+
+
+def evaluated(state: TrainState) -> TrainState:
+    """The state whose params are to be evaluated and exported; see `optim.averaged`."""
+    return state._replace(params=averaged(state.params, state.opt_state))
 
 
 def _check_best(name: str, metrics: Mapping[str, float]) -> None:

@@ -295,7 +295,8 @@ def run_to_the_end(world, folder):
 def adapters_of(run_dir, template, step=None):
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=2, read_only=True)
     with contextlib.closing(checkpoints):
-        return checkpoints.restore_params(template, step)
+        step, parts = checkpoints.restore_parts({"params": template}, step)
+        return step, parts["params"]
 
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(world, finished, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ The whole with a real sampler is in test_grpo_runs.py.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections import Counter
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 from alignjax import losses
 from alignjax.core.errors import UserError
 from alignjax.core.types import LENGTH, STOP, Completions, Score
-from alignjax.data import pack
+from alignjax.data import pack, sequence_ids, share_prompts
 from alignjax.losses import next_token_logps
 from alignjax.models import Model, ModelConfig, save
 from alignjax.phases import common, rollouts, scoring
@@ -96,7 +97,7 @@ def make(world, monkeypatch):
             "data": {
                 "train": str(world / "train.jsonl"), "eval": str(world / "test.jsonl"),
                 "text": {"fields": {"prompt": "prompt", "reference": "reference"}},
-                **changes.pop("data", {}),
+                "num_sharing": 1, **changes.pop("data", {}),
             },
             "rollout": {
                 "num_prompts": num_prompts, "group_size": group_size, "max_prompt_tokens": 16,
@@ -848,6 +849,91 @@ def test_loss_is_the_formula_in_float64(ragged, preset, kl):
     name = "sampling/sampling_logp_difference"
     assert mean(f"{name}/mean") == pytest.approx(difference.mean(), rel=1e-4)
     assert float(metrics[f"{name}/max"].value) == pytest.approx(difference.max(), rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "gspo"])
+def test_completions_beside_one_prompt_have_the_loss_and_gradient_that_each_has_alone(
+    ragged, preset
+):
+    """Prompts of 1, 3 and 4 tokens with 2, 3 and 1 completions, up to 2 of them to a copy."""
+    model, params, _ = ragged
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (1, 3, 4)]
+    apart = []
+    for prompt, length in zip([prompts[i] for i in (0, 1, 1, 2, 0, 1)], (5, 3, 1, 4, 2, 6),
+                              strict=True):  # fmt: skip
+        num = len(prompt) + length
+        on = np.arange(num) >= len(prompt)
+
+        def noise(on=on, num=num):
+            return np.where(on, rng.normal(-2, 0.5, num), 9.0).astype(np.float32)
+
+        apart.append({
+            "tokens": np.concatenate([prompt, rng.integers(0, VOCAB, length)]).astype(np.int32),
+            "mask": on, "old_logps": noise(), "ref_logps": noise(), "advantages": noise() + 2,
+        })  # fmt: skip
+    together = share_prompts(apart, 2)
+    assert [int(one["branches"].max()) for one in together] == [2, 2, 1, 1]
+    plain, used = pack(apart, num_rows=4, row_len=20)
+    assert used == 6
+    shared, used = pack(together, num_rows=4, row_len=20)
+    assert used == 4 and shared["segment_ids"].max() > 1
+    shared["sequence_ids"] = sequence_ids(shared)
+    config = AlgorithmConfig(preset=preset, kl_coef=0.2)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def of(params, batch):
+        loss, metrics = grpo_loss(
+            model, params, batch, config, temperature=TEMPERATURE, max_tokens=MAX_TOKENS
+        )
+        return loss.total, (loss.weight, jax.tree.map(lambda m: m, metrics))
+
+    (total, (weight, metrics)), grads = of(params, plain)
+    (total_, (weight_, metrics_)), grads_ = of(params, shared)
+    assert float(weight) == float(weight_) == 6
+    assert float(total) == pytest.approx(float(total_), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grads, grads_)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), metrics, metrics_)
+    # A completion that saw the one before it, or whose own were not told apart, would show.
+    seeing = {**shared, "branches": np.zeros_like(shared["branches"])}
+    (other, _), _ = of(params, seeing)
+    assert abs(float(other) - float(total)) > 1e-3
+    if preset == "gspo":
+        (other, _), _ = of(params, {**shared, "sequence_ids": shared["segment_ids"]})
+        assert abs(float(other) - float(total)) > 1e-4
+
+
+def test_rows_hold_every_split_of_groups_over_minibatches(make):
+    """Sequences of an update in any mixture of groups, all as long as they may be."""
+    phase = make(
+        [MIXED] * 4, group_size=4, num_prompts=4, algorithm={"num_minibatches": 2},
+        data={"num_sharing": 3, "micro_batches": 2},
+    )  # fmt: skip
+    rows = phase._rows
+    assert (rows.num_sharing, rows.row_len) == (3, 15 + 3 * 11)
+    rng = np.random.default_rng(0)
+    all_of_them = [
+        {"tokens": np.full(26, prompt, np.int32), "mask": np.arange(26) >= 16}
+        for prompt in range(4) for _ in range(4)
+    ]  # fmt: skip
+    for _ in range(50):
+        order = rng.permutation(16)
+        for half in np.split(order, 2):
+            packed = rows.pack([all_of_them[i] for i in half])
+            assert packed["tokens"].shape == (2, rows.num_rows // 2, rows.row_len)
+            assert packed["mask"].sum() == 80
+    assert rows.pack(all_of_them, 2)["mask"].sum() == 160
+
+
+def test_the_longest_go_into_rows_first(make):
+    phase = make([MIXED] * 4)
+    lengths = [5, 14, 12, 21, 26, 4]
+    packed = phase._rows.pack(
+        [{"tokens": np.full(n, n, np.int32), "mask": np.arange(n) > 0} for n in lengths]
+    )
+    found = [list(dict.fromkeys(row[row > 0].tolist())) for row in packed["tokens"][0]]
+    assert [row for row in found if row] == [[26], [21, 5], [14, 12], [4]]
 
 
 def test_without_reference_log_probs_there_is_no_kl(ragged):

@@ -44,7 +44,7 @@ def make(world, monkeypatch):
             "data": {
                 "train": str(world / "train.jsonl"), "eval": str(world / "test.jsonl"),
                 "text": {"fields": {"prompt": "prompt", "reference": "reference"}},
-                **changes.pop("data", {}),
+                "num_sharing": 1, **changes.pop("data", {}),
             },
             "rollout": {
                 "num_prompts": 8, "group_size": 4, "max_prompt_tokens": 16, "max_tokens": 8,
@@ -195,6 +195,23 @@ def test_4_micro_batches_change_nothing(make, five_steps):
 
 def test_packing_changes_nothing(make, five_steps):
     assert_same(run(make(data={"packed": False}), 5), five_steps)
+
+
+@pytest.mark.parametrize(
+    "sizes, data",
+    [
+        ((1, 1, 1), {"num_sharing": "auto"}),  # Prompts of up to 16 tokens, completions of 8.
+        # Groups of 4 in rows of 3 and of 1, which minibatches cut anywhere.
+        pytest.param((2, 2, 2), {"num_sharing": 3, "micro_batches": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_sharing_prompts_changes_nothing(make, five_steps, sizes, data):
+    phase = make(sizes, data=data)
+    assert phase._rows.num_sharing == (4 if data["num_sharing"] == "auto" else 3)
+    result = run(phase, 5)
+    assert_same(result, five_steps)
+    for _, updates in result[1]:
+        assert float(updates[0]["sampling/sampling_logp_difference/max"]) < 1e-5
 
 
 def test_another_seed_is_another_run(make, five_steps):

@@ -83,8 +83,8 @@ def test_what_is_saved_is_the_state_of_then_though_it_is_donated_at_once(tmp_pat
                 big = advance(big)
         checkpoints.wait()
         for step in range(3):
-            _, params = checkpoints.restore_params({"big": big}, step)
-            np.testing.assert_array_equal(params["big"], np.full((1500, 1500), 3.0 * step))
+            _, found = checkpoints.restore_parts({"params": {"big": big}}, step)
+            np.testing.assert_array_equal(found["params"]["big"], np.full((1500, 1500), 3.0 * step))
 
 
 @pytest.mark.parametrize("mode, best", [("min", 2), ("max", 3)])
@@ -193,21 +193,25 @@ def test_another_template_is_an_error_and_no_damage(tmp_path, template, what):
 
 
 def test_params_alone(tmp_path):
+    def params_of(width=3):
+        return {"params": state_of(0, width=width).params}
+
     save(tmp_path, [1, 2])
     with opened(tmp_path, read_only=True) as checkpoints:
         for asked, expected in ((None, 2), (1, 1), (2, 2)):
-            step, params = checkpoints.restore_params(state_of(0).params, asked)
+            step, found = checkpoints.restore_parts(params_of(), asked)
             assert step == expected
-            np.testing.assert_array_equal(params["w"], np.full((2, 3), float(expected)))
+            assert [*found] == ["params"]
+            np.testing.assert_array_equal(found["params"]["w"], np.full((2, 3), float(expected)))
         with pytest.raises(UserError, match="no checkpoint of step 7; there are 1, 2"):
-            checkpoints.restore_params(state_of(0).params, 7)
+            checkpoints.restore_parts(params_of(), 7)
         with pytest.raises(
             UserError, match=r"params.w: float32\[2, 3\] there, float32\[2, 9\] now"
         ):
-            checkpoints.restore_params(state_of(0, width=9).params)
+            checkpoints.restore_parts(params_of(width=9))
         flip_a_bit(largest_file(tmp_path, 2))
         with pytest.raises(UserError, match=r"checkpoints/2 is damaged \("):
-            checkpoints.restore_params(state_of(0).params)
+            checkpoints.restore_parts(params_of())
     assert steps_on_disk(tmp_path) == [1, 2]
 
 

@@ -415,7 +415,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     run(tmp_path, eval_every=2, checkpoint_every=2, keep=1, best_metric="eval/w")
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "7"]
     checkpoints = Checkpointer(tmp_path / "checkpoints", keep=1, read_only=True)
-    step, params = checkpoints.restore_params({"w": jnp.zeros(2)}, 2)
+    step, found = checkpoints.restore_parts({"params": {"w": jnp.zeros(2)}}, 2)
     checkpoints.close()
     by_step = {line["step"]: line.get("eval/w") for line in read_metrics(tmp_path)}
-    assert (step, float(params["w"][0])) == (2, by_step[2])
+    assert (step, float(found["params"]["w"][0])) == (2, by_step[2])

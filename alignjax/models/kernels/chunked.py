@@ -8,6 +8,7 @@ it runs on every platform, in every dtype, with a cache and without.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -131,8 +132,8 @@ def _forward(static: _Static, blocks: _Blocks, layout: _Layout) -> tuple[Array, 
     def of_queries(i: Array, q: Array) -> tuple[Array, Array]:
         def add_keys(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, out = carry
-            scores, mask = _scores(static, blocks, layout, i, j)
-            scores = jnp.where(mask, scores, _EMPTY)
+            mask = _mask(blocks, layout, i, j)
+            scores = jnp.where(mask, _scores(static, blocks, i, j), _EMPTY)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -146,11 +147,13 @@ def _forward(static: _Static, blocks: _Blocks, layout: _Layout) -> tuple[Array, 
             jnp.zeros(q.shape[:-1], jnp.float32),
             jnp.zeros(q.shape, jnp.float32),
         )
-        top, total, out = jax.lax.fori_loop(*_keys_of(blocks, layout, i), add_keys, start)
+        add = add_keys if seen is None else _only(seen[i], add_keys)
+        top, total, out = jax.lax.fori_loop(*_keys_of(blocks, layout, i), add, start)
         is_empty = top == _EMPTY  # what was summed until then has weight exp(0), not 0
         out = jnp.where(is_empty[..., None], 0.0, out / jnp.where(is_empty, 1.0, total)[..., None])
         return out.astype(q.dtype), jnp.where(is_empty, 0.0, top + jnp.log(total))
 
+    seen = _seen(blocks, layout)
     numbers = jnp.arange(blocks.q.shape[0])
     return jax.lax.map(lambda block: of_queries(*block), (numbers, blocks.q))
 
@@ -172,7 +175,7 @@ def _backward(static: _Static, residuals: Any, cotangent: Array) -> tuple[_Block
         def add_queries(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = carry
             q, do = blocks.q[i], cotangent[i]
-            scores, mask = _scores(static, blocks, layout, i, j)
+            scores, mask = _scores(static, blocks, i, j), _mask(blocks, layout, i, j)
             weights = jnp.exp(jnp.where(mask, scores, _EMPTY) - logsumexp[i][..., None])
             dv += float32_einsum("bkgth,bkgts->bkhs", do, weights.astype(do.dtype))
             dweights = float32_einsum("bkgth,bkhs->bkgts", do, v)
@@ -185,11 +188,11 @@ def _backward(static: _Static, residuals: Any, cotangent: Array) -> tuple[_Block
             return jax.lax.dynamic_update_index_in_dim(dq, new_dq, i, axis=0), dk, dv
 
         zero = jnp.zeros(k.shape, jnp.float32)
-        dq, dk, dv = jax.lax.fori_loop(
-            *_queries_of(blocks, layout, j), add_queries, (dq, zero, zero)
-        )
+        add = add_queries if seen is None else _only(seen[:, j], add_queries)
+        dq, dk, dv = jax.lax.fori_loop(*_queries_of(blocks, layout, j), add, (dq, zero, zero))
         return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
 
+    seen = _seen(blocks, layout)
     numbers = jnp.arange(blocks.k.shape[0])
     dq, (dk, dv) = jax.lax.scan(of_keys, jnp.zeros(blocks.q.shape, jnp.float32), numbers)
     return _Blocks(dq.astype(blocks.q.dtype), dk, dv, None, None, None, None), None
@@ -198,11 +201,32 @@ def _backward(static: _Static, residuals: Any, cotangent: Array) -> tuple[_Block
 _attention.defvjp(_keep, _backward)
 
 
-def _scores(
-    static: _Static, blocks: _Blocks, layout: _Layout, i: Array, j: Array
-) -> tuple[Array, Array]:
-    """Of queries i and keys j: scores [B, K, G, block, block] float32, and which of them count."""
+def _scores(static: _Static, blocks: _Blocks, i: Array, j: Array) -> Array:
+    """Of queries i and keys j: [B, K, G, block, block] float32."""
     scores = float32_einsum("bkgth,bkhs->bkgts", blocks.q[i], blocks.k[j]) * static.scale
+    return capped(scores, static.soft_cap)
+
+
+def _seen(blocks: _Blocks, layout: _Layout) -> Array | None:
+    """[I, J] bool: whether in any row a query of block i sees a key of block j. Of two branches
+    none does; None without branches, where the bounds of the loops leave out such pairs."""
+    if blocks.branches is None:
+        return None
+    columns = jnp.arange(blocks.k.shape[0])
+
+    def row(i: Array) -> Array:
+        return jax.vmap(lambda j: jnp.any(_mask(blocks, layout, i, j)))(columns)
+
+    return jax.lax.map(row, jnp.arange(blocks.q.shape[0]))
+
+
+def _only(seen: Array, add: Callable[[Array, Any], Any]) -> Callable[[Array, Any], Any]:
+    """The body of a loop that does nothing where `seen` is False."""
+    return lambda n, carry: jax.lax.cond(seen[n], add, lambda _, carry: carry, n, carry)
+
+
+def _mask(blocks: _Blocks, layout: _Layout, i: Array, j: Array) -> Array:
+    """Which queries i see which keys j: [B, 1, 1, block, block] bool."""
     queries = _first_query(blocks, layout, i) + jnp.arange(blocks.q.shape[-2])[:, None]
     keys = j * blocks.k.shape[-1] + jnp.arange(blocks.k.shape[-1])
     mask = keys <= queries
@@ -214,7 +238,7 @@ def _scores(
         past = blocks.positions[i][:, :, None] - blocks.positions[j][:, None, :]
         mask &= past < layout.window
     mask &= blocks.query_segments[i][:, :, None] == blocks.key_segments[j][:, None, :]
-    return capped(scores, static.soft_cap), mask[:, None, None]
+    return mask[:, None, None]
 
 
 def _first_query(blocks: _Blocks, layout: _Layout, i: Array) -> Array:
