@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from alignjax.models.attention import Attention, LayerCache, Sight
 from alignjax.models.config import ModelConfig
@@ -33,13 +34,14 @@ class Layer(nnx.Module):
         sight: Sight,
         attend: Callable[..., Array],
         cache: LayerCache | None,
+        mesh: Mesh | None = None,
     ) -> tuple[Array, LayerCache | None, RouterSums | None]:
         y = _through(self.attention_norm, x)
         y, cache = self.attention(y, angles, sight, attend, cache)
         x = x + _through(self.attention_out_norm, y)
         y, sums = _through(self.mlp_norm, x), None
         if isinstance(self.mlp, Experts):
-            y, sums = self.mlp(y, sight.query_segments > 0)
+            y, sums = self.mlp(y, sight.query_segments > 0, mesh)
         else:
             y = self.mlp(y)
         return x + _through(self.mlp_out_norm, y), cache, sums

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from alignjax.core.precision import matmul_precision
 from alignjax.models.config import ModelConfig
+from alignjax.sharding import constrained
 
 if TYPE_CHECKING:
     from alignjax.models.lora import Adapter
@@ -159,12 +161,16 @@ class Ends(nnx.Module):
         )
         self.factor = math.sqrt(config.hidden_size) if config.scale_embeddings else None
 
-    def embed(self, tokens: Array, positions: Array, dtype: jnp.dtype) -> Array:
+    def embed(
+        self, tokens: Array, positions: Array, dtype: jnp.dtype, mesh: Mesh | None = None
+    ) -> Array:
         """[B, T] int32 -> [B, T, D]; an id that there is not, as padding may hold, is the nearest.
 
         By default it would be nan, which the attention weight 0 does not make 0.
         """
-        x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
+        # Its width is gathered, for each device looks up the tokens of its own rows.
+        table = constrained(self.embedding[...], mesh, "tensor", None)
+        x = jnp.take(table, tokens, axis=0, mode="clip")
         if self.positions is not None:
             x = x + jnp.take(self.positions[...], positions, axis=0, mode="clip")
         x = x.astype(dtype)

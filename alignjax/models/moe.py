@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from alignjax.core.precision import matmul_precision
 from alignjax.models.config import ModelConfig
 from alignjax.models.layers import ACTIVATIONS, normal_param
+from alignjax.sharding.mesh import BATCH_AXES, batch_shards
 
 
 class RouterSums(NamedTuple):
@@ -52,31 +57,119 @@ class Experts(nnx.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.per_token, self.is_normalized = config.experts_per_token, config.normalize_experts
 
-    def __call__(self, x: Array, is_real: Array) -> tuple[Array, RouterSums]:
-        """[B, T, D] -> [B, T, D]; is_real [B, T] bool says what is counted."""
-        tokens = x.reshape(-1, x.shape[-1])
-        precision = matmul_precision(x.dtype)
-        logits = jnp.dot(tokens, self.router[...].astype(x.dtype), precision=precision)
-        probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-        num_experts = probs.shape[-1]
-        weights, chosen = jax.lax.top_k(probs, self.per_token)
-        if self.is_normalized:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    def __call__(
+        self, x: Array, is_real: Array, mesh: Mesh | None = None
+    ) -> tuple[Array, RouterSums]:
+        """[B, T, D] -> [B, T, D]; is_real [B, T] bool says what is counted.
 
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        sizes = jnp.bincount(chosen.reshape(-1), length=num_experts).astype(jnp.int32)
-        rows = tokens[order // self.per_token]
+        mesh: of the arrays; None: one device.
+        """
+        run = functools.partial(
+            _mix, activation=self.activation, k=self.per_token, is_normalized=self.is_normalized
+        )
+        if mesh is not None and _is_split(mesh, x):
+            run = _on_each_device(run, mesh)
+        kernels = (kernel[...] for kernel in (self.router, self.gate, self.up, self.down))
+        return run(x, is_real, *kernels)
 
-        def project(rows: Array, kernel: nnx.Param) -> Array:
-            return jax.lax.ragged_dot(
-                rows, kernel[...].astype(rows.dtype), sizes, precision=precision
-            )
 
-        inner = self.activation(project(rows, self.gate)) * project(rows, self.up)
-        out = project(inner, self.down)[jnp.argsort(order)].reshape(*weights.shape, -1)
-        out = jnp.sum(out * weights[..., None].astype(out.dtype), axis=1)
+def _mix(
+    x: Array,
+    is_real: Array,
+    router: Array,
+    *kernels: Array,
+    activation: Callable[[Array], Array],
+    k: int,
+    is_normalized: bool,
+    expert_axis: str | None = None,
+) -> tuple[Array, RouterSums]:
+    """As `Experts.__call__`, of the tokens and experts of one device.
 
-        real = is_real.reshape(-1, 1).astype(jnp.float32)
-        times = jnp.sum(jax.nn.one_hot(chosen, num_experts), axis=1)
-        sums = RouterSums(jnp.sum(times * real, 0), jnp.sum(probs * real, 0), jnp.sum(real))
-        return out.reshape(x.shape).astype(x.dtype), sums
+    Args:
+      expert_axis: of the mesh, over which the experts and the rows are split.
+    """
+    logits = jnp.dot(x, router.astype(x.dtype), precision=matmul_precision(x.dtype))
+    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, chosen = jax.lax.top_k(probs, k)
+    if is_normalized:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    if expert_axis is None:
+        out = _routed(x, weights, chosen, *kernels, activation=activation)
+    else:
+        first = jax.lax.axis_index(expert_axis) * len(kernels[0])
+        of_all = (
+            jax.lax.all_gather(array, expert_axis, axis=0, tiled=True)
+            for array in (x, weights, chosen)
+        )
+        out = _routed(*of_all, *kernels, activation=activation, first=first)
+        out = jax.lax.psum_scatter(out, expert_axis, scatter_dimension=0, tiled=True)
+
+    real = is_real[..., None].astype(jnp.float32)
+    times = jnp.sum(jax.nn.one_hot(chosen, probs.shape[-1]), axis=-2)
+    sums = RouterSums(jnp.sum(times * real, (0, 1)), jnp.sum(probs * real, (0, 1)), jnp.sum(real))
+    return out.astype(x.dtype), sums
+
+
+def _routed(
+    x: Array,
+    weights: Array,
+    chosen: Array,
+    *kernels: Array,
+    activation: Callable[[Array], Array],
+    first: Array | int = 0,
+) -> Array:
+    """[B, T, D], twice [B, T, k] -> [B, T, D]: what the experts of the kernels add to each token.
+
+    Args:
+      first: the number of the first of them; what the others would add is left out.
+    """
+    rows, flat = x.reshape(-1, x.shape[-1]), chosen.reshape(-1) - first
+    num_experts, precision = len(kernels[0]), matmul_precision(x.dtype)
+    is_here = (flat >= 0) & (flat < num_experts)
+    flat = jnp.where(is_here, flat, num_experts)  # The others come last, where no expert is.
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
+
+    def project(rows: Array, kernel: Array) -> Array:
+        return jax.lax.ragged_dot(rows, kernel.astype(rows.dtype), sizes, precision=precision)
+
+    gate, up, down = kernels
+    rows = rows[order // chosen.shape[-1]]
+    out = project(activation(project(rows, gate)) * project(rows, up), down)
+    out = jnp.where(is_here[:, None], out[jnp.argsort(order)], 0)
+    out = out.reshape(*chosen.shape, -1)
+    return jnp.sum(out * weights[..., None].astype(out.dtype), axis=-2)
+
+
+def _is_split(mesh: Mesh, x: Array) -> bool:
+    """Whether rows, or their tokens, lie on several devices, the same number on each."""
+    parts = batch_shards(mesh), mesh.shape["sequence"]
+    return math.prod(parts) > 1 and all(
+        size % num == 0 for size, num in zip(x.shape, parts, strict=False)
+    )
+
+
+def _on_each_device(run: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The same, where each device sorts its own tokens alone: left to itself the compiler gathers
+    those of the whole batch on each. Devices along the expert axis have different experts, and
+    share their tokens."""
+    axes = *BATCH_AXES, "sequence"
+    expert_axis = "expert" if mesh.shape["expert"] > 1 else None
+
+    def of_one_device(*arrays: Array) -> tuple[Array, RouterSums]:
+        out, sums = run(*arrays, expert_axis=expert_axis)
+        return out, jax.tree.map(lambda each: jax.lax.psum(each, axes), sums)
+
+    tokens, whole, experts = (
+        PartitionSpec(BATCH_AXES, "sequence"),
+        PartitionSpec(),
+        PartitionSpec("expert"),
+    )
+    return jax.shard_map(
+        of_one_device,
+        mesh=mesh,
+        in_specs=(tokens, tokens, whole, experts, experts, experts),
+        out_specs=(tokens, whole),
+        axis_names={*axes},
+        check_vma=False,
+    )

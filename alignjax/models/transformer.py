@@ -28,6 +28,8 @@ from alignjax.models.lora import LoraConfig, adapt, linears, set_dropout
 from alignjax.models.moe import RouterSums
 from alignjax.models.quantize import Kind, quantize_linear
 from alignjax.models.rope import rope_angles
+from alignjax.sharding.mesh import BATCH_AXES
+from alignjax.sharding.place import constrained
 
 if TYPE_CHECKING:
     from alignjax.core.types import Params
@@ -196,7 +198,7 @@ class Model:
     ) -> tuple[Array, Cache | None, RouterSums | None]:
         config = self.config
         ends = self._ends.bind({name: params[name] for name in params if name != "layers"})
-        x = ends.embed(tokens, positions, jnp.dtype(self.compute_dtype))
+        x = ends.embed(tokens, positions, jnp.dtype(self.compute_dtype), self.mesh)
         keys_values: tuple[Array, Array] | None = None
         segments, first_slot = segment_ids, 0
         if cache is not None and branches is not None:
@@ -210,6 +212,7 @@ class Model:
 
         def run_layer(carry: Any, inputs: tuple[Any, Array]) -> tuple[Any, RouterSums | None]:
             x, keys_values = carry
+            x = constrained(x, self.mesh, BATCH_AXES, "sequence", None)
             weights, number = inputs
             store = None
             if keys_values is not None:
@@ -220,7 +223,7 @@ class Model:
             layer = self._layer.bind(weights)
             if dropout_key is not None:
                 set_dropout(layer, jax.random.fold_in(dropout_key, number))
-            x, store, sums = layer(x, pick_angles(number), sight, run_attention, store)
+            x, store, sums = layer(x, pick_angles(number), sight, run_attention, store, self.mesh)
             return (x, None if store is None else (store.k, store.v)), sums
 
         # Kept for the backward pass: the outputs of the projections and of fused attention.

@@ -300,12 +300,12 @@ def rows_per_process(rows: int, mesh: Mesh) -> int:
     """This process's share of the rows of a micro-batch.
 
     Raises:
-      UserError: if they do not divide over the devices along data and fsdp.
+      UserError: if they do not divide over the devices along `BATCH_AXES`.
     """
     shards = batch_shards(mesh)
     if rows % shards:
         raise UserError(
-            f"{rows} rows in a micro-batch do not divide over {shards} devices (mesh data x fsdp); "
-            f"use a multiple of {shards}"
+            f"{rows} rows in a micro-batch do not divide over {shards} devices (mesh data x fsdp x "
+            f"expert); use a multiple of {shards}"
         )
     return rows // jax.process_count()

@@ -1,12 +1,13 @@
 """Devices in a mesh, and which axis of which array goes where."""
 
 from alignjax.sharding.mesh import MeshConfig, batch_shards, make_mesh
-from alignjax.sharding.place import copied, init_sharded, put_batch
+from alignjax.sharding.place import constrained, copied, init_sharded, put_batch
 from alignjax.sharding.rules import fit, shardings
 
 __all__ = [
     "MeshConfig",
     "batch_shards",
+    "constrained",
     "copied",
     "fit",
     "init_sharded",

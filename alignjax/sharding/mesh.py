@@ -1,36 +1,52 @@
-"""Three numbers -> a mesh of devices with the axes data, fsdp and tensor."""
+"""A few numbers -> a mesh of devices with the axes data, fsdp, sequence, expert and tensor."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from alignjax.core.config import Config
 from alignjax.core.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "sequence", "expert", "tensor")
+"""From the slowest links to the fastest: devices next to each other differ in the last ones."""
+BATCH_AXES = ("data", "fsdp", "expert")
 """The mesh axes that rows of a batch are split over."""
 
 
 class MeshConfig(Config):
     """How many devices along each axis; one of them may be -1: all that are left.
 
+    That is `data`, unless another one is -1: then `data` is 1 where it is not given.
+
     Attributes:
-      data: rows are split, parameters repeated.
+      data: rows are split, parameters repeated. The slices of a multi-slice pod lie along it.
       fsdp: rows are split, and parameters and optimizer state too.
+      sequence: the tokens of a row are split; keys and values of a layer are gathered.
+      expert: rows are split, and the experts of a mixture; its layers send tokens to and fro.
       tensor: heads, MLP width and vocabulary are split.
     """
 
     data: int = -1
     fsdp: int = 1
+    sequence: int = 1
+    expert: int = 1
     tensor: int = 1
 
-    @field_validator("data", "fsdp", "tensor")
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "data" not in values and -1 in values.values():
+            return {"data": 1, **values}
+        return values
+
+    @field_validator(*AXES)
     @classmethod
     def _check(cls, size: int) -> int:
         if size < 1 and size != -1:
@@ -43,31 +59,56 @@ class MeshConfig(Config):
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of all devices (of all processes), or of those given.
 
-    All axes are Auto: sharded arrays go in, and the compiler propagates.
+    All axes are Auto: sharded arrays go in, and the compiler propagates. Devices of several slices
+    lie along `data`, slice by slice: only sums of gradients cross the network between slices.
 
     Raises:
-      UserError: if the sizes do not multiply to the number of devices.
+      UserError: if the sizes do not multiply to the number of devices, or slices do not fit in
+        `data`.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
-    if sizes.count(-1) > 1:
-        raise UserError(f"mesh {_spell(sizes)}: at most one axis can be -1 (all that are left)")
-    if -1 in sizes:
-        others = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = len(devices) // others
-    if math.prod(sizes) != len(devices):
-        asked = [config.data, config.fsdp, config.tensor]
+    asked = {axis: getattr(config, axis) for axis in AXES}
+    open_axes = [axis for axis, size in asked.items() if size == -1]
+    if len(open_axes) > 1:
+        raise UserError(f"mesh {_spell(asked)}: at most one axis can be -1 (all that are left)")
+    others = math.prod(size for size in asked.values() if size != -1)
+    sizes = {axis: len(devices) // others if size == -1 else size for axis, size in asked.items()}
+    if math.prod(sizes.values()) != len(devices):
+        near = [n for n in _divisors(len(devices)) if n <= others]
+        remedy = (
+            f"{others} does not divide {len(devices)}; the others could multiply to {near[-1]}"
+            if open_axes
+            else f"they multiply to {others}; change them, or set one to -1"
+        )
         raise UserError(
             f"mesh {_spell(asked)} does not fit {len(devices)} device(s): the sizes must multiply "
-            "to the number of devices; change them, or set one to -1"
+            f"to the number of devices: {remedy}"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % num_slices:
+        raise UserError(
+            f"mesh {_spell(asked)}: data={sizes['data']} does not divide over {num_slices} slices, "
+            f"which lie along it; use a multiple of {num_slices}"
+        )
+    types = (AxisType.Auto,) * len(AXES)
+    if num_slices == 1:
+        return jax.make_mesh([*sizes.values()], AXES, axis_types=types, devices=devices)
+    inner = {**sizes, "data": sizes["data"] // num_slices}
+    outer = dict.fromkeys(AXES, 1) | {"data": num_slices}
+    placed = mesh_utils.create_hybrid_device_mesh([*inner.values()], [*outer.values()], devices)
+    return Mesh(placed, AXES, axis_types=types)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Parts that the rows of a batch are split into: the devices along data and fsdp."""
+    """Parts that the rows of a batch are split into: the devices along BATCH_AXES."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def _spell(sizes: Sequence[int]) -> str:
-    return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _spell(sizes: Mapping[str, int]) -> str:
+    return ", ".join(
+        f"{axis}={size}" for axis, size in sizes.items() if size != 1 or axis == "data"
+    )

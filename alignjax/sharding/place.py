@@ -29,17 +29,27 @@ def copied(arrays: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), arrays)
 
 
+def constrained(x: jax.Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """`x`, with each of its axes split over the mesh axes named for it, as far as those divide it;
+    what the compiler would choose by itself may gather the batch of all devices on each."""
+    if mesh is None or mesh.size == 1:
+        return x
+    wanted = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.lax.with_sharding_constraint(x, fit(wanted, x))
+
+
 def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0) -> dict[str, jax.Array]:
-    """Host arrays -> global arrays, rows split over the mesh axes data and fsdp.
+    """Host arrays -> global arrays: rows split over `mesh.BATCH_AXES`, and their tokens over
+    sequence where they divide evenly.
 
     Every process gives its own rows, the same number of them; together, in the order of the
     processes, they are the global batch.
 
     Args:
-      batch: NumPy arrays, with the rows on `batch_axis`. Arrays with fewer axes are replicated and
-        must be the same in every process.
+      batch: NumPy arrays, with the rows on `batch_axis` and tokens, if any, on the next. Arrays
+        with fewer axes are replicated and must be the same in every process.
     Raises:
-      ValueError: if the rows of all processes do not divide evenly over data x fsdp.
+      ValueError: if the rows of all processes do not divide evenly over the devices.
     """
     num_shards = batch_shards(mesh)
 
@@ -52,10 +62,13 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0) -> dict
         rows = array.shape[batch_axis] * jax.process_count()
         if rows % num_shards:
             raise ValueError(
-                f"{name}: {rows} rows do not divide over {num_shards} shards (data x fsdp); "
-                f"use a multiple of {num_shards}"
+                f"{name}: {rows} rows do not divide over {num_shards} devices (mesh data x fsdp x "
+                f"expert); use a multiple of {num_shards}"
             )
         spec = PartitionSpec(*(None,) * batch_axis, BATCH_AXES)
+        num_tokens = array.shape[batch_axis + 1] if array.ndim > batch_axis + 1 else 1
+        if mesh.shape["sequence"] > 1 and num_tokens % mesh.shape["sequence"] == 0:
+            spec = PartitionSpec(*spec, "sequence")
         shape = (*array.shape[:batch_axis], rows, *array.shape[batch_axis + 1 :])
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array, shape)
 

@@ -8,7 +8,6 @@ from flax import nnx
 
 from alignjax.models import Model, ModelConfig
 from alignjax.models.moe import Experts, RouterSums, load_balancing_loss
-from alignjax.sharding import MeshConfig, init_sharded, make_mesh, put_batch, shardings
 
 SHAPE = {"vocab_size": 11, "hidden_size": 6, "intermediate_size": 5, "num_heads": 3,
          "num_kv_heads": 3, "family": "qwen3_moe", "initializer_range": 1.0}  # fmt: skip
@@ -86,31 +85,3 @@ def test_a_model_without_experts_has_no_router():
     ones = np.ones((1, 2), np.int32)
     with pytest.raises(ValueError, match="num_experts=0"):
         model.apply_with_routing(model.init(jax.random.key(0)), ones, ones, ones)
-
-
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
-def test_eight_devices_equal_one(sizes):
-    config = ModelConfig(num_experts=4, num_layers=3, **(SHAPE | {"hidden_size": 8, "num_heads": 4,
-        "num_kv_heads": 4, "initializer_range": 0.5}))  # fmt: skip
-    tokens = np.random.default_rng(0).integers(0, 11, (8, 6)).astype(np.int32)
-    positions = np.broadcast_to(np.arange(6, dtype=np.int32), (8, 6))
-    batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
-    mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
-
-    def run(model, params, batch):
-        def loss(params):
-            hidden, sums = model.apply_with_routing(params, **batch)
-            return jnp.sum(hidden**3) + load_balancing_loss(sums), (hidden, sums)
-
-        return jax.jit(jax.grad(loss, has_aux=True))(params)
-
-    one = Model(config)
-    expected = run(one, one.init(jax.random.key(0)), batch)
-    many = Model(config, mesh=mesh)
-    params = init_sharded(many.init, jax.random.key(0), shardings(many.logical_axes(), mesh))
-    experts = params["layers"]["mlp"]["gate"]
-    assert experts.addressable_shards[0].data.shape[1] == 4 // sizes[2]
-    found = run(many, params, put_batch(batch, mesh))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-4), found, expected
-    )

@@ -1,44 +1,80 @@
 """Mesh sizes."""
 
+from dataclasses import dataclass
+
 import jax
 import pytest
 from jax.sharding import AxisType
 from pydantic import ValidationError
 
+from alignjax.core.config import build, loads, to_dict
 from alignjax.core.errors import UserError
 from alignjax.sharding import MeshConfig, make_mesh
+from alignjax.sharding.mesh import AXES
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (MeshConfig(), (8, 1, 1)),
-        (MeshConfig(fsdp=2, tensor=2), (2, 2, 2)),
-        (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 2)),
-        (MeshConfig(data=2, fsdp=4, tensor=1), (2, 4, 1)),
+        (MeshConfig(), (8, 1, 1, 1, 1)),
+        (MeshConfig(fsdp=2, tensor=2), (2, 2, 1, 1, 2)),
+        (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 1, 1, 2)),
+        (MeshConfig(data=2, fsdp=4, tensor=1), (2, 4, 1, 1, 1)),
+        (MeshConfig(fsdp=-1), (1, 8, 1, 1, 1)),
+        (MeshConfig(sequence=4), (2, 1, 4, 1, 1)),
+        (MeshConfig(data=1, expert=4, fsdp=2), (1, 2, 1, 4, 1)),
+        (build(MeshConfig, loads("fsdp: -1\ntensor: 4\n")), (1, 2, 1, 1, 4)),
     ],
 )
 def test_sizes(config, expected):
     mesh = make_mesh(config)
-    assert tuple(mesh.shape.items()) == tuple(
-        zip(("data", "fsdp", "tensor"), expected, strict=True)
-    )
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert tuple(mesh.shape.items()) == tuple(zip(AXES, expected, strict=True))
+    assert mesh.axis_types == (AxisType.Auto,) * 5
+
+
+def test_what_is_saved_is_what_was_meant():
+    """A run's directory holds all defaults: read again, they mean the same."""
+    config = MeshConfig(fsdp=-1)
+    assert MeshConfig.model_validate(to_dict(config)) == config
+    assert to_dict(config)["data"] == 1 and to_dict(MeshConfig(fsdp=2))["data"] == -1
 
 
 def test_given_devices():
-    assert make_mesh(MeshConfig(), jax.devices()[:3]).devices.tolist() == [
-        [[device]] for device in jax.devices()[:3]
-    ]
+    assert make_mesh(MeshConfig(), jax.devices()[:3]).devices.ravel().tolist() == jax.devices()[:3]
+
+
+def test_neighbours_share_the_last_axes():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    assert [d.id for d in mesh.devices[0, 0, 0, 0]] == [0, 1]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """As much of a device of a multi-slice pod as a mesh looks at."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "none"
+    process_index: int = 0
+
+
+def test_slices_lie_along_data():
+    chips = [Chip(i, i // 4) for i in range(8)]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), chips[::-1])
+    slices = [[d.slice_index for d in part.ravel()] for part in mesh.devices]
+    assert slices == [[0] * 4, [1] * 4]
+    with pytest.raises(UserError, match="data=1 does not divide over 2 slices"):
+        make_mesh(MeshConfig(fsdp=-1), chips)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(data=2), "data=2, fsdp=1, tensor=1 does not fit 8 device"),
-        (MeshConfig(fsdp=3), "data=-1, fsdp=3, tensor=1 does not fit 8 device"),
+        (MeshConfig(data=2), "data=2 does not fit 8 device.*multiply to 2; change them"),
+        (MeshConfig(fsdp=3), "data=-1, fsdp=3 does not fit 8 .*3 does not divide 8.*to 2"),
         (MeshConfig(tensor=16), "tensor=16 does not fit 8 device"),
-        (MeshConfig(fsdp=-1), "at most one axis can be -1"),
+        (MeshConfig(fsdp=-1, tensor=-1), "at most one axis can be -1"),
     ],
 )
 def test_sizes_that_do_not_fit(config, message):

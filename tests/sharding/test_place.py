@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from alignjax.sharding import MeshConfig, init_sharded, make_mesh, put_batch, shardings
+from alignjax.sharding.mesh import BATCH_AXES
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -45,7 +46,7 @@ def test_batch(mesh):
     arrays = {"tokens": tokens, "step": np.int32(7), "scale": np.ones(3, np.float32)}
     batch = put_batch(arrays, mesh, batch_axis=1)
     np.testing.assert_array_equal(batch["tokens"], tokens)
-    assert batch["tokens"].sharding.spec == PartitionSpec(None, ("data", "fsdp"))
+    assert batch["tokens"].sharding.spec == PartitionSpec(None, BATCH_AXES)
     for shard in batch["tokens"].addressable_shards:
         assert shard.data.shape == (2, 2, 3)
         np.testing.assert_array_equal(shard.data, tokens[shard.index])
@@ -54,8 +55,17 @@ def test_batch(mesh):
     assert batch["scale"].sharding.is_fully_replicated and batch["scale"].shape == (3,)
 
 
+def test_tokens_are_split_over_sequence():
+    mesh = make_mesh(MeshConfig(data=2, sequence=4))
+    tokens = np.arange(4 * 8, dtype=np.int32).reshape(4, 8)
+    batch = put_batch({"tokens": tokens, "odd": np.zeros((4, 6))}, mesh)
+    assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(2, 2)}
+    np.testing.assert_array_equal(batch["tokens"], tokens)
+    assert {shard.data.shape for shard in batch["odd"].addressable_shards} == {(2, 6)}
+
+
 def test_rows_that_do_not_divide(mesh):
-    with pytest.raises(ValueError, match="tokens: 6 rows do not divide over 4 shards"):
+    with pytest.raises(ValueError, match="tokens: 6 rows do not divide over 4 devices"):
         put_batch({"tokens": np.zeros((6, 2))}, mesh)
 
 

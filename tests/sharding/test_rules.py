@@ -40,5 +40,5 @@ def test_every_axis_has_a_name(mesh, shape):
 
 
 def test_unknown_axis(mesh):
-    with pytest.raises(ValueError, match="axis 'expert' has no rule"):
-        shardings({"a": ("expert", "embed")}, mesh)
+    with pytest.raises(ValueError, match="axis 'word' has no rule"):
+        shardings({"a": ("word", "embed")}, mesh)

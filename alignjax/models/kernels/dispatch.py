@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from alignjax.models.kernels.chunked import chunked_attention
 from alignjax.models.kernels.dot_product import cudnn_can, dot_product_attention
@@ -82,6 +82,16 @@ def attend(
     is_branched = branches is not None
     if is_branched:
         _check_branches(query_segments, branches, positions, implementation, is_self=is_self)
+    elif (
+        is_self
+        and mesh is not None
+        and q.shape[1] % mesh.shape["sequence"] == 0
+        and mesh.shape["sequence"] > 1
+    ):
+        run = functools.partial(
+            attend, windows=windows, scale=scale, soft_cap=soft_cap, implementation=implementation
+        )
+        return _split_over_sequence(run, q, k, v, query_segments, key_segments, layer, mesh=mesh)
     if implementation == "auto":
         implementation = choose(
             q, k, soft_cap, is_self=is_self, device=device, is_branched=is_branched
@@ -146,6 +156,37 @@ def choose(
     if is_self and device.platform == "gpu" and cudnn_can(q, k, soft_cap, device):
         return "cudnn"
     return "einsum" if q.shape[1] * k.shape[3] <= MAX_SCORES else "chunked"
+
+
+def _split_over_sequence(
+    run: Callable[..., Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    query_segments: Array,
+    key_segments: Array,
+    layer: Array | int,
+    *,
+    mesh: Mesh,
+) -> Array:
+    """The same where the tokens of a row are split: each device has its own queries and gathers all
+    keys and values (context parallelism as in arXiv:2407.21783 sec. 3.3.2)."""
+    own = q.shape[1] // mesh.shape["sequence"]
+
+    def of_one_device(q: Array, k: Array, v: Array, *others: Array) -> Array:
+        query_segments, key_segments, layer = others
+        first = jax.lax.axis_index("sequence") * own
+        return run(q, k, v, query_segments, key_segments, first_slot=first, layer=layer)
+
+    split, whole = PartitionSpec(None, "sequence"), PartitionSpec()
+    return jax.shard_map(
+        of_one_device,
+        mesh=mesh,
+        in_specs=(split, whole, whole, split, whole, whole),
+        out_specs=split,
+        axis_names={"sequence"},
+        check_vma=False,
+    )(q, k, v, query_segments, key_segments, jnp.asarray(layer))
 
 
 def _check(
