@@ -90,8 +90,6 @@ def comparison_rows(
     seed: int = 0,
     num_epochs: int | None = None,
     overlong: Overlong = "drop",
-    process_index: int = 0,
-    process_count: int = 1,
     num_threads: int = 2,
 ) -> RecordIterator[dict[str, np.ndarray]]:
     """Batches of `num_prompts` elements each, dicts of [M, R, ...]; see `pack_elements`.
@@ -102,7 +100,7 @@ def comparison_rows(
     Args:
       source: of `Comparison`; see `data.comparisons`.
       encode: comparison -> its ids; see `comparison_encoder`. Called in threads.
-      num_prompts: elements in a batch of this process, and rows: M times R.
+      num_prompts: elements in a batch, and rows: M times R.
       num_micro_batches: M.
       row_len: T; an element that takes more is overlong.
       num_responses: K; see `View.num_responses`.
@@ -110,7 +108,7 @@ def comparison_rows(
       max_len: of a prompt with one completion, such as the model's context; more is overlong.
       packed: lay several elements into a row.
       overlong: what to do with an element that is too long: it is never cut.
-      shuffle, seed, num_epochs, process_index, process_count, num_threads: as in `token_rows`.
+      shuffle, seed, num_epochs, num_threads: as in `token_rows`.
     Raises:
       ValueError: if num_prompts does not divide into the micro-batches.
       UserError: when such a record is reached: it is too long (with "error"), or `encode` refuses
@@ -151,8 +149,6 @@ def comparison_rows(
         shuffle=shuffle,
         seed=seed,
         num_epochs=num_epochs,
-        process_index=process_index,
-        process_count=process_count,
         num_threads=num_threads,
     )
 

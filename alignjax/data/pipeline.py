@@ -43,8 +43,6 @@ class RecordIterator(Iterator[T]):
         shuffle: bool,
         seed: int,
         num_epochs: int | None,
-        process_index: int,
-        process_count: int,
         num_threads: int,
     ):
         """Args beyond those of `token_rows`:
@@ -53,21 +51,9 @@ class RecordIterator(Iterator[T]):
         take: is given `pending(n)`, the first n items not yet emitted (fewer where the data end),
           and returns a batch with how many of them it holds, or None at the end.
         """
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index={process_index}: expected 0 to {process_count - 1}")
-        self._identity = {"num_records": len(source), "process_count": process_count}
-        self._epochs_per_record = process_count / len(source)
+        self._identity = {"num_records": len(source)}
         self._take = take
-        self._dataset = _dataset(
-            len(source),
-            encode,
-            shuffle,
-            seed,
-            num_epochs,
-            num_threads,
-            process_index,
-            process_count,
-        )
+        self._dataset = _dataset(len(source), encode, shuffle, seed, num_epochs, num_threads)
         self._seek(0, 0)
 
     def __next__(self) -> T:
@@ -86,16 +72,16 @@ class RecordIterator(Iterator[T]):
 
     @property
     def epoch(self) -> float:
-        """How many times the data were gone through, on the average of all processes."""
-        return self._epochs_per_record * self._emitted[0]
+        """How many times the data were gone through."""
+        return self._emitted[0] / self._identity["num_records"]
 
     @property
     def num_dropped(self) -> int:
-        """Records of this process left out so far because they were too long."""
+        """Records left out so far because they were too long."""
         return self._emitted[1]
 
     def get_state(self) -> dict[str, Any]:
-        """A JSON value: where the next batch begins in this process's shard, and of what data."""
+        """A JSON value: where the next batch begins, and of what data."""
         position, num_dropped = self._emitted
         return {"position": position, "num_dropped": num_dropped, **self._identity}
 
@@ -103,13 +89,13 @@ class RecordIterator(Iterator[T]):
         """Goes to where `get_state` was called, in an iterator made with the same arguments.
 
         Raises:
-          UserError: if the data have another number of records now, or processes share them.
+          UserError: if the data have another number of records now.
         """
         came = {key: state[key] for key in self._identity}
         if came != self._identity:
             raise UserError(
                 f"data: the position was saved with {came}, now there is {self._identity}; resume "
-                "with the same data and number of processes, or start a new run"
+                "with the same data, or start a new run"
             )
         self._seek(state["position"], state["num_dropped"])
 
@@ -127,8 +113,7 @@ class RecordIterator(Iterator[T]):
             try:
                 item, error = next(self._records)
             except StopIteration:
-                # The data of one process only: to another all of them may be of use.
-                if self._dropped == self._read > 0 and self._identity["process_count"] == 1:
+                if self._dropped == self._read > 0:
                     raise _all_dropped(self._read) from None
                 break
             if error is not None:
@@ -160,25 +145,25 @@ def token_rows(
     seed: int = 0,
     num_epochs: int | None = None,
     overlong: Overlong = "error",
-    process_index: int = 0,
-    process_count: int = 1,
     num_threads: int = 2,
 ) -> RecordIterator[dict[str, np.ndarray]]:
     """Batches of token rows (see `packing.pack`), each a dict of [M, R, T].
 
     For an evaluation that sees each record once: `shuffle=False, num_epochs=1`. Where the data end,
-    the last batch is filled up with empty rows. Processes may then end on different batches.
+    the last batch is filled up with empty rows.
+
+    Where several processes train together, each makes the same batches, and gives its devices the
+    rows that are theirs: the order, and where a run goes on, do not depend on their number.
 
     Args:
-      source: records; process p of n takes those that stand at p, p + n, ... in the shuffled order.
+      source: records.
       encode: record -> `tokens`, `mask` and whatever else is per token; called in threads.
-      num_micro_batches, rows, row_len: M, R and T of this process.
+      num_micro_batches, rows, row_len: M, R and T.
       packed: lay several sequences into a row.
       shuffle: anew in each epoch, by `seed`.
       seed: of the order, 0 to 2^32 - 1.
       num_epochs: None never ends.
       overlong: what to do with a sequence longer than `row_len`: it is never cut.
-      process_index, process_count: which shard to read.
       num_threads: that read and encode ahead; 0 reads when asked. The order does not depend on it.
     Raises:
       UserError: when such a record is reached: it is too long (with "error"), has no target, or
@@ -217,8 +202,6 @@ def token_rows(
         shuffle=shuffle,
         seed=seed,
         num_epochs=num_epochs,
-        process_index=process_index,
-        process_count=process_count,
         num_threads=num_threads,
     )
 
@@ -233,8 +216,6 @@ def examples(
     seed: int = 0,
     num_epochs: int | None = None,
     overlong: Overlong = "error",
-    process_index: int = 0,
-    process_count: int = 1,
     num_threads: int = 2,
 ) -> RecordIterator[list[Prompt]]:
     """Lists of `num_prompts` prompts; where the data end, the last list is shorter.
@@ -244,7 +225,7 @@ def examples(
       encode: record -> the ids of its prompt, [length] int32; called in threads.
       num_prompts: in each list.
       prompt_len: most tokens that a prompt may have.
-      shuffle, seed, num_epochs, overlong, process_index, process_count, num_threads: as in
+      shuffle, seed, num_epochs, overlong, num_threads: as in
         `token_rows`.
     Raises:
       UserError: when such a record is reached: its prompt is empty, too long (with "error"), or
@@ -268,8 +249,6 @@ def examples(
         shuffle=shuffle,
         seed=seed,
         num_epochs=num_epochs,
-        process_index=process_index,
-        process_count=process_count,
         num_threads=num_threads,
     )
 
@@ -305,8 +284,6 @@ def _dataset(
     seed: int,
     num_epochs: int | None,
     num_threads: int,
-    process_index: int,
-    process_count: int,
 ) -> Any:
     """A grain dataset of (item, error): grain adds lines of its own to what is raised inside it."""
     import grain  # Imports jax, which reading data does not need before this point.
@@ -320,8 +297,10 @@ def _dataset(
     indices = grain.MapDataset.range(length).seed(seed)
     if shuffle:
         indices = indices.shuffle()
-    # Sharding what is shuffled, not shuffling a shard: the order is that of one process, dealt out.
-    shard = indices.repeat(num_epochs)[process_index::process_count]
-    return shard.map(attempt).to_iter_dataset(
-        grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=32 * num_threads)
+    return (
+        indices.repeat(num_epochs)
+        .map(attempt)
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=32 * num_threads)
+        )
     )

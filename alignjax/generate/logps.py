@@ -12,7 +12,7 @@ from alignjax.core.types import Params
 from alignjax.losses import next_token_logps
 from alignjax.losses.vocabulary import default_chunk_size
 from alignjax.models import Model
-from alignjax.sharding import batch_shards, put_batch
+from alignjax.sharding import batch_shards, fetch, put_batch
 
 _ROW_TOKENS = 4096
 """Tokens of the rows that one device reads at once, unless a single row has more."""
@@ -66,7 +66,7 @@ def make_sequence_logps(
         for start in range(0, len(texts), num_rows):
             part = slice(start, start + num_rows)
             batch = put_batch(rows(texts[part], num_targets[part]), mesh)
-            found.append(np.asarray(logps(params, batch), np.float64).sum(1))
+            found.append(fetch(logps(params, batch)).astype(np.float64).sum(1))
         return np.concatenate(found)[: len(texts)]
 
     return sequence_logps

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from alignjax.core.config import Config, DirectoryName
 from alignjax.core.errors import UserError
 from alignjax.core.precision import compute_dtype
+from alignjax.core.processes import is_first, wait_for_all
 from alignjax.core.types import Params
 from alignjax.losses import TokenLogps, next_token_logps
 from alignjax.losses.vocabulary import default_chunk_size
@@ -180,7 +181,8 @@ class Policy:
         model = lora.plain(self.model)
         with appearing(path) as temporary:
             save(temporary, model, self.merged(params), extra_config=self.token_ids, **files)
-            self.tokenizer.save(str(temporary))
+            if is_first():
+                self.tokenizer.save(str(temporary))
 
     def merged(self, params: Params) -> Params:
         """The parameters of a model without adapters that computes the same."""
@@ -221,15 +223,20 @@ class Policy:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `path` at the end."""
+    """A directory to write into, which becomes `path` at the end. Processes share it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+    if is_first():
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+    wait_for_all(f"{path.name} begun")
     yield temporary
-    if path.exists():
-        shutil.rmtree(path)
-    temporary.rename(path)
+    wait_for_all(f"{path.name} written")
+    if is_first():
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    wait_for_all(f"{path.name} there")
 
 
 def score_tokens(
@@ -296,8 +303,8 @@ def score_hidden(
     )
 
 
-def rows_per_process(rows: int, mesh: Mesh) -> int:
-    """This process's share of the rows of a micro-batch.
+def checked_rows(rows: int, mesh: Mesh) -> int:
+    """The rows of a micro-batch, if they divide over the devices.
 
     Raises:
       UserError: if they do not divide over the devices along `BATCH_AXES`.
@@ -308,4 +315,4 @@ def rows_per_process(rows: int, mesh: Mesh) -> int:
             f"{rows} rows in a micro-batch do not divide over {shards} devices (mesh data x fsdp x "
             f"expert); use a multiple of {shards}"
         )
-    return rows // jax.process_count()
+    return rows

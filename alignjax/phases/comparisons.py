@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from pydantic import Field, model_validator
@@ -21,7 +20,7 @@ from alignjax.data import (
     comparison_rows,
     open_preferences,
 )
-from alignjax.phases.common import rows_per_process
+from alignjax.phases.common import checked_rows
 from alignjax.text import HFTokenizer
 from alignjax.train.step import Batch
 
@@ -90,7 +89,7 @@ def batches(
     Raises:
       UserError: if the rows of a micro-batch do not divide over the devices.
     """
-    rows = rows_per_process(data.num_prompts // data.micro_batches, mesh)
+    rows = checked_rows(data.num_prompts // data.micro_batches, mesh)
     return comparison_rows(
         view,
         comparison_encoder(data.text, tokenizer) if encode is None else encode,
@@ -103,8 +102,6 @@ def batches(
         packed=data.packed,
         overlong=data.overlong,
         seed=seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
         **order,
     )
 

@@ -21,7 +21,7 @@ from alignjax.data import RecordIterator, sequence_encoder, training_source
 from alignjax.losses.vocabulary import default_chunk_size
 from alignjax.models import Model
 from alignjax.models.lora import combine
-from alignjax.phases.common import Policy, rows_per_process, score_hidden
+from alignjax.phases.common import Policy, checked_rows, score_hidden
 from alignjax.phases.corpus import dropout_key, means, text_rows, with_dropout
 from alignjax.phases.distill_config import DistillConfig
 from alignjax.phases.reference_logps import default_cache, weights_digest
@@ -60,7 +60,7 @@ class Distill:
     def __init__(self, config: DistillConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._policy = Policy(config, mesh)
-        self._num_rows = rows_per_process(config.data.rows, mesh)
+        self._num_rows = checked_rows(config.data.rows, mesh)
         text = config.data.text
         specs = {"train": config.data.train, "eval": config.data.eval}
         self._sources = {

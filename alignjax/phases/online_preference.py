@@ -16,7 +16,7 @@ from alignjax.data import Element
 from alignjax.data.comparison_rows import pack_elements
 from alignjax.data.elements import mismatched
 from alignjax.generate import SequenceLogps, make_sequence_logps
-from alignjax.phases.common import Policy, rows_per_process
+from alignjax.phases.common import Policy, checked_rows
 from alignjax.phases.online_preference_config import OnlineConfig
 from alignjax.phases.preference_loss import ARRAYS, K, Scorer
 from alignjax.phases.preference_step import Learner
@@ -41,7 +41,7 @@ class OnlinePreference:
     def __init__(self, config: OnlineConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._policy = Policy(config, mesh)
-        rows_per_process(config.rows_per_update // config.data.micro_batches, mesh)
+        checked_rows(config.rows_per_update // config.data.micro_batches, mesh)
         self._sampler = Sampler(config, self._policy, mesh)
         self._optimizer = make_optimizer(
             config.optimizer,

@@ -17,7 +17,7 @@ from alignjax.core.keys import named_key
 from alignjax.core.types import Params, Weighted
 from alignjax.data import RecordIterator, sequence_encoder, token_rows, training_source
 from alignjax.losses import KlControl
-from alignjax.phases.common import Policy, rows_per_process
+from alignjax.phases.common import Policy, checked_rows
 from alignjax.phases.critic import CRITICS, Critic, state_values
 from alignjax.phases.ppo_config import PpoConfig, PtxConfig
 from alignjax.phases.ppo_loss import experience, ppo_loss
@@ -129,7 +129,7 @@ class Ppo:
             training_source(ptx.train, ptx.text),
             sequence_encoder(ptx.text, self._policy.tokenizer),
             num_micro_batches=self._rows.num_parts,
-            rows=rows_per_process(ptx.rows, self._mesh),
+            rows=checked_rows(ptx.rows, self._mesh),
             row_len=self._rows.row_len,
             overlong=ptx.overlong,
             seed=self._config.seed,

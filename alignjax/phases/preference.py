@@ -24,7 +24,7 @@ from alignjax.phases.preference_config import PreferenceConfig
 from alignjax.phases.preference_loss import ARRAYS, K, Scorer
 from alignjax.phases.preference_step import Learner
 from alignjax.phases.reference_logps import cached, default_cache, weights_digest
-from alignjax.sharding import put_batch
+from alignjax.sharding import fetch, put_batch
 from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import make_optimizer
 from alignjax.train.progress import Progress
@@ -34,6 +34,8 @@ from alignjax.train.step import Batch, finalize, merge
 
 class Preference:
     """Implements `train.loop.Phase`."""
+
+    runs_in_processes = True
 
     shown = (
         "loss",
@@ -107,7 +109,7 @@ class Preference:
         directory = self._config.cache_dir
 
         def compute(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-            return np.asarray(self._learner.reference_logps(scorer, weights, self._put(batch)))
+            return fetch(self._learner.reference_logps(scorer, weights, self._put(batch)))
 
         return cached(
             compute,

@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from alignjax.core.processes import any_of
 from alignjax.core.types import Params
+from alignjax.sharding import fetch
 from alignjax.train.progress import Progress
 
 FORMAT = 1
@@ -63,7 +65,8 @@ def cached(
             digest.update(np.ascontiguousarray(batch[name]).tobytes())
     path = directory / f"{digest.hexdigest()}.npz"
     found = _read(path, (num_elements, num_responses), progress)
-    if found is not None:
+    is_missing = any_of(found is None)  # Each host may have a cache of its own.
+    if found is not None and not is_missing:
         progress.note(f"log-probs of the reference: read from {path}")
         return found
     found = np.full((num_elements, num_responses), np.nan, np.float32)
@@ -83,7 +86,7 @@ def weights_digest(params: Params, **others: Any) -> str:
     """
     total = hashlib.sha256(json.dumps(others, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
+        array = fetch(leaf)
         total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         total.update(np.ascontiguousarray(array).tobytes())
     return total.hexdigest()
@@ -109,7 +112,7 @@ def _read(path: Path, shape: tuple[int, int], progress: Progress) -> np.ndarray 
 def _write(path: Path, logps: np.ndarray) -> None:
     """The file appears whole or not at all, also where two runs write it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.stem}.{jax.process_index()}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         np.savez(file, logps=logps)
         file.flush()

@@ -29,7 +29,7 @@ from alignjax.phases.pair_quality import pair_quality
 from alignjax.phases.reward_config import OBJECTIVES, ObjectiveConfig, RewardPhaseConfig
 from alignjax.phases.reward_model import RewardModel, score_elements
 from alignjax.phases.scoring import MOMENTS
-from alignjax.sharding import put_batch
+from alignjax.sharding import fetch, put_batch
 from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import make_optimizer
 from alignjax.train.state import TrainState, create_state
@@ -68,6 +68,8 @@ def reward_loss(
 
 class Reward:
     """Implements `train.loop.Phase`."""
+
+    runs_in_processes = True
 
     shown = ("loss", "accuracy", "eval/loss", "eval/accuracy")
 
@@ -158,7 +160,7 @@ class Reward:
         whole = self._reward.whole(params)
         found: list[tuple[np.ndarray, ...]] = []
         for batch in self._rows(view, num_epochs=1, shuffle=False):
-            scores = jax.device_get(self._scores(whole, put_batch(batch, self._mesh, 1)))
+            scores = fetch(self._scores(whole, put_batch(batch, self._mesh, 1)))
             is_there = batch["index"] >= 0
             arrays = (scores, batch["ranks"], completion_lengths(batch))
             found.append(tuple(array[is_there] for array in arrays))

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from alignjax.core.errors import UserError
 from alignjax.core.keys import named_key
+from alignjax.core.processes import is_first
 from alignjax.core.types import Params
 from alignjax.data import branch_segments
 from alignjax.models import ScalarModel, lora, save_reward
@@ -92,9 +93,10 @@ class RewardModel:
         ids = self._trunk.token_ids | {"pad_token_id": self.pad_id}
         with appearing(path) as temporary:
             save_reward(temporary, model, merged, extra_config=ids, **files)
-            self.tokenizer.save(str(temporary))
-            for name, text in texts.items():
-                (temporary / name).write_text(text, encoding="utf-8")
+            if is_first():
+                self.tokenizer.save(str(temporary))
+                for name, text in texts.items():
+                    (temporary / name).write_text(text, encoding="utf-8")
 
     def export_adapter(self, params: Params, path: Path) -> None:
         """PEFT has no place for our head. Raises UserError."""

@@ -30,7 +30,7 @@ from alignjax.generate import make_generate
 from alignjax.losses import token_mean
 from alignjax.losses.ratio import capped_exp, token_log_ratio
 from alignjax.models import Model
-from alignjax.phases.common import Policy, rows_per_process, score_tokens
+from alignjax.phases.common import Policy, checked_rows, score_tokens
 from alignjax.phases.grpo_config import RlConfig
 from alignjax.phases.scoring import Rewards
 from alignjax.rewards.combine import too_many_failures
@@ -168,7 +168,7 @@ class Rows:
     @classmethod
     def of(cls, config: RlConfig, mesh: Mesh) -> "Rows":
         """Raises: UserError: if the rows do not divide over the devices."""
-        rows_per_process(config.rows_per_update // config.data.micro_batches, mesh)
+        checked_rows(config.rows_per_update // config.data.micro_batches, mesh)
         row_len = config.rollout.max_prompt_tokens + config.rollout.max_tokens
         return cls(config.rows_per_update, config.data.micro_batches, row_len, config.data.packed)
 

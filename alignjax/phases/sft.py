@@ -4,7 +4,6 @@ import functools
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -15,7 +14,7 @@ from alignjax.data import RecordIterator, Source, sequence_encoder, training_sou
 from alignjax.losses import TokenLogps, cross_entropy, token_mean
 from alignjax.models import Model
 from alignjax.models.moe import load_balancing_loss
-from alignjax.phases.common import Policy, rows_per_process, score_hidden, score_tokens
+from alignjax.phases.common import Policy, checked_rows, score_hidden, score_tokens
 from alignjax.phases.corpus import CorpusConfig, dropout_key, means, text_rows, with_dropout
 from alignjax.sharding import batch_shards, put_batch
 from alignjax.train.loop import Collected, Evaluated
@@ -71,6 +70,8 @@ def _cross_entropy(out: TokenLogps, mask: Array) -> tuple[Weighted, Metrics]:
 class Sft:
     """Implements `train.loop.Phase`."""
 
+    runs_in_processes = True
+
     shown = ("loss", "eval/loss")
     """The metrics that a terminal shows."""
 
@@ -97,9 +98,7 @@ class Sft:
             self._config,
             source,
             sequence_encoder(self._config.data.text, self._policy.tokenizer),
-            rows=rows_per_process(self._config.data.rows, self._mesh),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=checked_rows(self._config.data.rows, self._mesh),
             **order,
         )
 

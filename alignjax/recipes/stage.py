@@ -18,6 +18,7 @@ from alignjax.core.config import Config, build, diff, dump, load, to_dict
 from alignjax.core.digest import of_path
 from alignjax.core.errors import UserError
 from alignjax.core.hub import TOKENIZER_FILES, resolve
+from alignjax.core.processes import is_first, together, wait_for_all
 from alignjax.phases.common import PhaseConfig, Policy
 from alignjax.phases.produce import PROGRESS, State, produce
 from alignjax.phases.registry import DATA_PHASES, PHASES
@@ -70,25 +71,34 @@ def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
       UserError: if the directory holds a run of another config (the difference is shown) or of
         other inputs, or another process is at work in it; and what `train.loop.train` raises.
     """
-    if jax.process_count() > 1:
-        raise UserError("phases run in one process so far: use one host, with all its devices")
     run_dir = Path(config.output_dir) / config.name
     _, phase_class = PHASES[config.phase]  # type: ignore[attr-defined]
+    if jax.process_count() > 1 and not getattr(phase_class, "runs_in_processes", False):
+        raise UserError(
+            f"phase {config.phase} runs in one process so far: use one host, with all its devices"
+        )
     progress = Progress(phase_class.shown, title=title, min_interval=config.loop.log_every)
-    with lock(run_dir, run_dir / ".lock"):
-        claim(run_dir, config)
+    with contextlib.ExitStack() as stack:
+        with together():
+            if is_first():
+                stack.enter_context(lock(run_dir, run_dir / ".lock"))
+                claim(run_dir, config)
         model_dir = run_dir / "model"
-        if model_dir.exists():
+        is_done = model_dir.exists()
+        wait_for_all("looked for a finished run")  # Before the first may write it.
+        if is_done:
             progress.note(f"{model_dir} is there already: nothing to do")
             return model_dir
-        phase = phase_class(config, make_mesh(config.mesh))
+        with together():
+            phase = phase_class(config, make_mesh(config.mesh))
         state = train(
             phase, config.loop, run_dir, seed=config.seed, progress=progress, resume_command=command
         )
-        metrics = read_metrics(run_dir)
-        training_report(metrics, run_dir / "report.png")
-        if frontier_of(metrics) is not None:
-            frontier_picture({config.name: metrics}, run_dir / "frontier.png")
+        if is_first():
+            metrics = read_metrics(run_dir)
+            training_report(metrics, run_dir / "report.png")
+            if frontier_of(metrics) is not None:
+                frontier_picture({config.name: metrics}, run_dir / "frontier.png")
         # Last, since its presence says that the run is finished.
         phase.export(evaluated(state), model_dir)
         progress.note(f"wrote {model_dir}")
@@ -96,7 +106,7 @@ def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
 
 
 def run_data_phase(config: Config, *, command: str, title: str = "") -> Path:
-    """Makes the records of a data phase in output_dir/name.
+    """Makes the records of a data phase in output_dir/name, in one process.
 
     A directory with a part of them, made by the same config, is continued; with all it is left
     alone.
@@ -109,6 +119,8 @@ def run_data_phase(config: Config, *, command: str, title: str = "") -> Path:
     Raises:
       UserError: as `run_phase`.
     """
+    if jax.process_count() > 1:
+        raise UserError("phases that make records run in one process: use one host")
     name, phase_class = config.phase, DATA_PHASES[config.phase][1]  # type: ignore[attr-defined]
     run_dir = Path(config.output_dir) / config.name  # type: ignore[attr-defined]
     progress = Progress(title=title or name)

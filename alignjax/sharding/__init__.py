@@ -1,7 +1,7 @@
 """Devices in a mesh, and which axis of which array goes where."""
 
 from alignjax.sharding.mesh import MeshConfig, batch_shards, make_mesh
-from alignjax.sharding.place import constrained, copied, init_sharded, put_batch
+from alignjax.sharding.place import constrained, copied, fetch, init_sharded, put_batch
 from alignjax.sharding.rules import fit, shardings
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "batch_shards",
     "constrained",
     "copied",
+    "fetch",
     "fit",
     "init_sharded",
     "make_mesh",

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alignjax.sharding.mesh import BATCH_AXES, batch_shards
@@ -42,24 +43,21 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0) -> dict
     """Host arrays -> global arrays: rows split over `mesh.BATCH_AXES`, and their tokens over
     sequence where they divide evenly.
 
-    Every process gives its own rows, the same number of them; together, in the order of the
-    processes, they are the global batch.
+    Every process gives the whole batch, the same one; its devices get their part of it.
 
     Args:
       batch: NumPy arrays, with the rows on `batch_axis` and tokens, if any, on the next. Arrays
-        with fewer axes are replicated and must be the same in every process.
+        with fewer axes are replicated.
     Raises:
-      ValueError: if the rows of all processes do not divide evenly over the devices.
+      ValueError: if the rows do not divide evenly over the devices.
     """
     num_shards = batch_shards(mesh)
 
     def put(name: str, value: Any) -> jax.Array:
         array = np.asarray(value)
         if array.ndim <= batch_axis:
-            return jax.make_array_from_process_local_data(
-                NamedSharding(mesh, PartitionSpec()), array, array.shape
-            )
-        rows = array.shape[batch_axis] * jax.process_count()
+            return _placed(array, NamedSharding(mesh, PartitionSpec()))
+        rows = array.shape[batch_axis]
         if rows % num_shards:
             raise ValueError(
                 f"{name}: {rows} rows do not divide over {num_shards} devices (mesh data x fsdp x "
@@ -69,7 +67,22 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0) -> dict
         num_tokens = array.shape[batch_axis + 1] if array.ndim > batch_axis + 1 else 1
         if mesh.shape["sequence"] > 1 and num_tokens % mesh.shape["sequence"] == 0:
             spec = PartitionSpec(*spec, "sequence")
-        shape = (*array.shape[:batch_axis], rows, *array.shape[batch_axis + 1 :])
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array, shape)
+        return _placed(array, NamedSharding(mesh, spec))
 
     return {name: put(name, value) for name, value in batch.items()}
+
+
+def fetch(arrays: Any) -> Any:
+    """Arrays on devices -> the same, whole, as NumPy arrays in every process, all of which ask."""
+
+    def fetched(array: jax.Array) -> np.ndarray:
+        if array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array)
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+    return jax.tree.map(fetched, arrays)
+
+
+def _placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    # `device_put` would compare the arrays of all processes first.
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])

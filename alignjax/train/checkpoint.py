@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from alignjax.core.errors import UserError
+from alignjax.core.processes import is_first, wait_for_all
 
 State = TypeVar("State")
 _CHECKSUMS = "checksums.json"
@@ -112,8 +113,11 @@ class Checkpointer:
                 except (ValueError, OSError, KeyError) as error:
                     fault = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 else:
-                    for bad in damaged:
-                        self._set_aside(bad)
+                    if is_first():
+                        for bad in damaged:
+                            self._set_aside(bad)
+                    wait_for_all("set damaged checkpoints aside")
+                    self._manager.reload()
                     return step, restored["state"], restored["position"]
             warn(
                 f"checkpoint {self.directory / str(step)} is damaged ({fault}); trying the one "
@@ -172,7 +176,7 @@ class Checkpointer:
     def _add_checksums(self) -> None:
         # Orbax calls this between writing the last file and renaming the directory to its final
         # name, without saying which: at most one is being written at a time.
-        if jax.process_index() != 0:
+        if not is_first():
             return
         for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
             (unfinished / _CHECKSUMS).write_text(json.dumps(_checksums(unfinished)))
@@ -219,7 +223,6 @@ class Checkpointer:
             count += 1
             target = target.with_name(f"damaged-{step}-{count}")
         (self.directory / step).rename(target)
-        self._manager.reload()
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:

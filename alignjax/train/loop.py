@@ -16,8 +16,9 @@ from pydantic import Field
 
 from alignjax.core.config import Config
 from alignjax.core.errors import UserError
+from alignjax.core.processes import any_of, is_first
 from alignjax.train.checkpoint import Checkpointer
-from alignjax.train.metrics import MetricWriter
+from alignjax.train.metrics import MetricWriter, NoWriter
 from alignjax.train.optim import averaged
 from alignjax.train.progress import Progress
 from alignjax.train.state import TrainState
@@ -112,8 +113,8 @@ def train(
     that was killed at any moment continues as if it had not been, bit for bit.
 
     Raises:
-      KeyboardInterrupt: after Ctrl-C or SIGTERM, when the state is saved; also where it was the
-        last step, so that no further stage begins.
+      KeyboardInterrupt: after Ctrl-C or SIGTERM, to any process, when the state is saved; also
+        where it was the last step, so that no further stage begins.
       StopRunError: if the phase cannot collect data after some steps, when the state is saved.
       UserError: training has diverged.
     """
@@ -131,13 +132,15 @@ def train(
         records.set_state(position["records"])
         num_tokens = position["num_tokens"]
         progress.note(f"resumed from step {step} of {config.steps}")
-    writer = MetricWriter(
-        run_dir,
-        last_step=step if restored is not None else -1,
-        tensorboard=config.tensorboard,
-        wandb_project=config.wandb_project,
-        warn=progress.warn,
-    )
+    writer: MetricWriter | NoWriter = NoWriter()
+    if is_first():
+        writer = MetricWriter(
+            run_dir,
+            last_step=step if restored is not None else -1,
+            tensorboard=config.tensorboard,
+            wandb_project=config.wandb_project,
+            warn=progress.warn,
+        )
 
     def position_now() -> dict[str, Any]:
         return {"records": records.get_state(), "num_tokens": num_tokens}
@@ -149,7 +152,12 @@ def train(
 
     best = config.best_metric
     failures, num_logged = 0, 0
-    with contextlib.closing(checkpoints), contextlib.closing(writer), _signals() as interrupted:
+    with contextlib.closing(checkpoints), contextlib.closing(writer), _signals() as received:
+
+        def is_interrupted() -> bool:
+            return any_of(bool(received))
+
+        metrics: dict[str, float] = {}
         if restored is None:
             first = phase.evaluate(evaluated(state))
             if best is not None and best.startswith("eval/"):
@@ -158,7 +166,7 @@ def train(
             progress.show(0, first.metrics)
         watch = _Stopwatch()
         with progress.bar(step, config.steps) as advance:
-            while step < config.steps and not interrupted:
+            while step < config.steps and not is_interrupted():
                 position = position_now()
                 try:
                     state, collected = phase.collect(state, records)
@@ -184,7 +192,7 @@ def train(
                 num_tokens += collected.num_tokens
                 watch.tokens += collected.num_tokens
                 watch.steps += 1
-                metrics: dict[str, float] = {}
+                metrics = {}
                 samples: list[Mapping[str, Any]] = []
                 if is_logged:
                     metrics = {**collected.metrics, **_over_updates(updates)}
@@ -212,12 +220,12 @@ def train(
                         f"step {step}: the gradient was not finite in {failures} logged steps in a "
                         "row; lower optimizer.learning_rate or look for the cause with --debug"
                     )
-                if is_last or interrupted or step % config.checkpoint_every == 0:
+                if is_last or step % config.checkpoint_every == 0:
                     save(position_now(), metrics)
-        if interrupted and step:
-            save(position_now(), {})  # If the signal came after the save above, or the last one.
+        if is_interrupted() and step:
+            save(position_now(), metrics)
         checkpoints.wait()
-        if interrupted:
+        if is_interrupted():
             done = f"saved step {step}" if step else "stopped before the first step"
             progress.note(f"{done}; {resume_command} continues from there")
             raise KeyboardInterrupt

@@ -123,6 +123,18 @@ class MetricWriter:
             self._wandb.finish()
 
 
+class NoWriter:
+    """A `MetricWriter` that writes nothing, for all processes of a run but the first."""
+
+    def write(
+        self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]
+    ) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, in order of step."""
     with (run_dir / "metrics.jsonl").open(encoding="utf-8") as file:

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from alignjax.core.processes import is_first
+
 
 class Progress:
     """One per run. Metrics named in `shown` are printed, the first match of each."""
@@ -15,7 +17,9 @@ class Progress:
     def __init__(self, shown: Sequence[str] = ("loss",), *, title: str = "", min_interval: int = 1):
         """Args: shown: names of metrics to print; title: starts each line; min_interval: print only
         every so many steps (evaluations are always printed)."""
-        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        # Of several processes the first speaks for all.
+        quiet = not is_first()
+        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True, quiet=quiet)
         self._shown, self._title, self._min_interval = tuple(shown), title, min_interval
         self._last_warning: dict[str, int] = {}
 

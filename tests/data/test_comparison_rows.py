@@ -227,14 +227,6 @@ def test_a_position_restores_exactly_the_rest():
                 np.testing.assert_array_equal(got[name], value)
 
 
-def test_processes_share_the_records():
-    def of(process):
-        stream = stream_of(num_epochs=1, process_index=process, process_count=2)
-        return [n for batch in stream for n in numbers(batch)]
-
-    assert sorted(of(0) + of(1)) == list(range(NUM)) and of(0) != of(1)
-
-
 def test_overlong_ones_are_dropped_whole_and_counted():
     """Shared, record n takes n % 4 + 2 + 3 tokens; of 7 or fewer are those with n % 4 < 3."""
     stream = stream_of(row_len=7, shuffle=False, num_epochs=1)

@@ -1,4 +1,4 @@
-"""The order, the shards and the position of a stream of records; what happens to those too long."""
+"""The order and the position of a stream of records; what happens to those too long."""
 
 import itertools
 import json
@@ -141,26 +141,10 @@ def test_restoring_reads_only_what_follows():
     assert len(read) < 50
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_shards_are_disjoint_and_together_complete(packed):
-    shards = [
-        [
-            numbers(batch)
-            for batch in rows_of(packed=packed, num_epochs=1, process_index=p, process_count=2)
-        ]
-        for p in range(2)
-    ]
-    first, second = ([n for batch in shard for n in batch] for shard in shards)
-    assert sorted(first + second) == list(range(NUM))
-    order = record_order()[:NUM]
-    assert sorted(first) == sorted(order[0::2])
-    assert sorted(second) == sorted(order[1::2])
-
-
-def test_epoch_counts_all_processes():
-    stream = rows_of(packed=False, process_index=1, process_count=2)
+def test_epoch_counts_records():
+    stream = rows_of(packed=False)
     next(stream)
-    assert stream.epoch == pytest.approx(4 * 2 / NUM)
+    assert stream.epoch == pytest.approx(4 / NUM)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -215,17 +199,6 @@ def test_if_everything_is_dropped_it_says_so(num_epochs):
         next(rows_of(row_len=1, overlong="drop", num_epochs=num_epochs))
 
 
-def test_a_process_does_not_judge_the_data_by_its_shard():
-    """Of each four records the one of process 3 is too long; in a shuffled order it is another's
-    turn in each epoch."""
-    options = {"row_len": 4, "overlong": "drop", "process_index": 3, "process_count": 4}
-    assert list(rows_of(Numbered(4), shuffle=False, num_epochs=1, **options)) == []
-    for seed in range(20):
-        next(rows_of(Numbered(4), seed=seed, num_micro_batches=1, rows=1, packed=False, **options))
-    with pytest.raises(UserError, match="every one of the last 9 records is too long"):
-        next(rows_of(Numbered(4), shuffle=False, **options))
-
-
 def test_a_record_that_was_refused_is_refused_again_and_the_position_stays():
     stream = rows_of(row_len=4, rows=1, num_micro_batches=1, shuffle=False)
     next(stream)
@@ -257,9 +230,8 @@ def test_a_record_that_cannot_be_trained_is_named():
 
 def test_a_position_in_other_data_is_refused():
     state = rows_of().get_state()
-    for other in (rows_of(Numbered(24)), rows_of(process_count=2)):
-        with pytest.raises(UserError, match="same data and number of processes"):
-            other.set_state(state)
+    with pytest.raises(UserError, match="resume with the same data"):
+        rows_of(Numbered(24)).set_state(state)
 
 
 def test_encoding_runs_ahead_in_threads():
@@ -272,8 +244,3 @@ def test_encoding_runs_ahead_in_threads():
     next(token_rows(Numbered(), named, num_micro_batches=1, rows=2, row_len=8, num_threads=2))
     assert names
     assert threading.current_thread().name not in names
-
-
-def test_a_process_that_is_none_of_them():
-    with pytest.raises(ValueError, match="process_index=2"):
-        rows_of(process_index=2, process_count=2)

@@ -1,4 +1,4 @@
-"""Arrays land where they belong; several real processes give each its own rows."""
+"""Arrays land where they belong, also on the devices of several real processes."""
 
 import os
 import socket
@@ -73,18 +73,30 @@ WORKER = """
 import sys, jax, numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-from alignjax.sharding import MeshConfig, make_mesh, put_batch
+from alignjax.core.errors import UserError
+from alignjax.core.processes import any_of, together
+from alignjax.sharding import MeshConfig, fetch, make_mesh, put_batch
 mesh = make_mesh(MeshConfig(data=2, fsdp=2))
-mine = np.array([[10, 11], [12, 13]], np.int32) + 100 * jax.process_index()
-batch = put_batch({"x": mine}, mesh)
+all_rows = np.array([[10, 11], [12, 13], [110, 111], [112, 113]], np.int32)
+batch = put_batch({"x": all_rows, "seed": np.int32(5)}, mesh)
 assert batch["x"].shape == (4, 2), batch["x"].shape
-total = jax.jit(lambda x: (x * jax.numpy.arange(1, 5)[:, None]).sum())(batch["x"])
-print("total", int(total))
+assert len(batch["x"].addressable_shards) == 2
+doubled = jax.jit(lambda batch: batch["x"] * 2 + batch["seed"])(batch)
+np.testing.assert_array_equal(fetch({"a": [doubled]})["a"][0], all_rows * 2 + 5)
+assert any_of(jax.process_index() == 1) and not any_of(False)
+with together():
+    pass
+try:
+    with together():
+        if jax.process_index() == 1:
+            raise UserError("the disk is full")
+except UserError as error:
+    print("stopped:", error)
 """
 
 
 def test_two_processes():
-    """Rows (10, 11), (12, 13) | (110, 111), (112, 113), weighted 1, 2 | 3, 4."""
+    """Each gives all rows, and gets them back; what stops one stops both."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -96,10 +108,12 @@ def test_two_processes():
         for i in range(2)
     ]
     try:
-        for worker in workers:
+        for worker, reason in zip(
+            workers, ("another process was", "the disk is full"), strict=True
+        ):
             out, err = worker.communicate(timeout=120)
             assert worker.returncode == 0, err
-            assert f"total {21 + 2 * 25 + 3 * 221 + 4 * 225}" in out
+            assert "stopped: " in out and reason in out
     finally:
         for worker in workers:
             worker.kill()
