@@ -10,15 +10,13 @@ is finished is not run again.
 
 import argparse
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import manners
 import numpy as np
 from record import REPO, RESULTS, write
+from seeded import minutes, run
 from table import table
 
 from alignjax.cli.runtime import prepare
@@ -27,24 +25,6 @@ POLICIES = ("rl", "direct", "online_dpo")
 CONTROLS = ("true_rl", "noisy_rl")
 REWARD_MODELS = ("reward", "true_reward", "noisy_reward")
 LABELS = ("labels", "noisy_labels", "one_order_labels")
-
-
-def run(recipe: str, seed: int, *overrides: str) -> Path:
-    """Runs a recipe to its end; notes the minutes of a run that was new."""
-    name = recipe if seed == 0 else f"{recipe}_seed{seed}"
-    folder = REPO / "runs" / name
-    is_new, start = not folder.exists(), time.perf_counter()
-    path = REPO / "configs" / "recipes" / f"{recipe}.yaml"
-    command = [sys.executable, "-m", "alignjax", "run", str(path), f"seed={seed}", f"name={name}"]
-    subprocess.run([*command, *overrides], check=True, cwd=REPO)
-    if is_new:
-        (folder / "minutes.json").write_text(json.dumps((time.perf_counter() - start) / 60))
-    return folder
-
-
-def minutes(folder: Path) -> float | None:
-    noted = folder / "minutes.json"
-    return float(json.loads(noted.read_text())) if noted.exists() else None
 
 
 def labels(stage: Path) -> dict[str, float]:
