@@ -1,12 +1,15 @@
-"""Constitutional AI where the truth is known, with several seeds -> tables and a JSON file.
+"""Constitutional AI where the truth is known, with several seeds -> tables, a picture, a JSON file.
 
     python benchmarks/constitutional.py --seeds 0 1 2
 
-Runs configs/recipes/constitutional.yaml for each seed, and variants of it from the same base model:
-a principle left out of the constitution; labels by the checker itself, the same with 20% of them
-turned round, and labels of the base in one order only. Then samples answers to held-out prompts
-from every model, and has the checker count the principles that they break. Runs go to runs/; what
-is finished is not run again.
+Runs configs/recipes/constitutional.yaml for each seed, and then variants of it from the same base
+model: a principle left out of the constitution; labels by the checker itself, the same with 20% of
+them turned round, the same by a judge that is fond of a word, and labels of the base in one order
+only; demonstrations of helpfulness among the revisions; RL for 200 steps. Then samples answers to
+held-out prompts from every model, and has the checker count the principles that they break.
+
+Runs go to runs/; what is finished is not run or measured again, and what other calls have finished
+is in the tables, too: so variants may be run for some of the seeds alone.
 """
 
 import argparse
@@ -14,12 +17,13 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from record import REPO, RESULTS, write
+from table import table
 
 from alignjax.cli.runtime import prepare
 from alignjax.core.config import build, dump, load, loads
@@ -31,6 +35,7 @@ from alignjax.phases.common import score_tokens
 from alignjax.phases.judges import open_judge
 from alignjax.recipes import principles
 from alignjax.recipes.graph import RecipeConfig, run_recipe
+from alignjax.report import stages_picture
 from alignjax.rewards.judge import Pair
 from alignjax.rewards.judge_config import JudgeConfig
 from alignjax.rewards.rollout import Rollouts, Task
@@ -46,13 +51,23 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     }
     for name in principles.PRINCIPLES
 }
-TRUE_JUDGE = "alignjax.recipes.principles.true_judge"
+FAVOURITE = "truly"
+
+
+def _labels_of(name: str, **args: Any) -> dict[str, dict[str, Any]]:
+    judge = {"name": name, "function": "alignjax.recipes.principles.true_judge", "args": args}
+    return {"labels": {"judge": judge}}
+
+
 CHANGES |= {
-    "true_labels": {"labels": {"judge": {"name": "truth", "function": TRUE_JUDGE}}},
-    "noisy_labels": {
-        "labels": {"judge": {"name": "noisy", "function": TRUE_JUDGE, "args": {"noise": 0.2}}}
-    },
+    "true_labels": _labels_of("truth"),
+    "noisy_labels": _labels_of("noisy", noise=0.2),
     "one_order": {"labels": {"judge.both_orders": False}},
+    "fond_labels": _labels_of("fond", fond_of=FAVOURITE),
+    "helpful_mixed": {
+        "sl_cai": {"data.train": ["${revisions}/revisions.jsonl", "${world}/helpful.jsonl"]}
+    },
+    "long_rl": {"rl_cai": {"loop.steps": 200}},
 }
 """Variant -> stage -> key -> value. A stage that is changed, and those that read it, are run anew
 under a name of their own, beside the others of the recipe."""
@@ -123,6 +138,7 @@ def summary(model: Path, prompts: Path, reference: Path | None = None) -> dict[s
     rollouts = sampled(model, prompts)
     names = (*principles.PRINCIPLES, "helpful")
     found = {name: float(rollouts.part(name).mean()) for name in names}
+    found["favourite"] = statistics.mean(FAVOURITE in s.completion for s in rollouts.samples)
     found["length"] = float(rollouts.completions.lengths.mean())
     found["kl"] = 0.0 if reference is None else kl(rollouts, model, reference)
     return found
@@ -181,59 +197,103 @@ def label_quality(path: Path) -> dict[str, float]:
     }
 
 
-def measure(seed: int, variants: Sequence[str], overrides: list[str], split: str) -> dict[str, Any]:
+def run(seed: int, variant: str, overrides: Sequence[str]) -> None:
+    """To its end; notes the time of a first run of the recipe."""
     start = time.process_time(), time.perf_counter()
-    recipe = recipe_of(seed, overrides)
+    recipe = recipe_of(seed, overrides, variant)
     folder = Path(recipe.output_dir) / recipe.name
-    is_new, noted = not folder.exists(), folder / "seconds.json"
+    is_new = not folder.exists()
     run_recipe(recipe, command=COMMAND)
     if is_new:  # Of one that was resumed, nobody knows.
         spent = {"cpu": time.process_time() - start[0], "wall": time.perf_counter() - start[1]}
-        noted.write_text(json.dumps(spent))
-    for variant in variants:
-        run_recipe(recipe_of(seed, overrides, variant), command=COMMAND)
-    prompts, base = folder / f"world/{split}.jsonl", folder / "base/model"
-    sl_cai = folder / "sl_cai/model"
-    result: dict[str, Any] = {"seed": seed, "seconds": None}
-    if noted.exists():
-        result["seconds"] = json.loads(noted.read_text())
-    result["judge"] = judge_accuracy(folder, prompts, recipe)
-    result["models"] = {
-        "base": summary(base, prompts),
-        "sl_cai": summary(sl_cai, prompts, base),
-        "rl_cai": summary(folder / "rl_cai/model", prompts, sl_cai),
-        "dpo": summary(folder / "dpo/model", prompts, sl_cai),
+        (folder / "seconds.json").write_text(json.dumps(spent))
+
+
+def measure(seed: int, overrides: Sequence[str], split: str) -> dict[str, Any]:
+    """Of everything that is finished; each figure is measured once, and kept beside the runs."""
+    recipe = recipe_of(seed, overrides)
+    folder = Path(recipe.output_dir) / recipe.name
+    prompts, noted = folder / f"world/{split}.jsonl", folder / "seconds.json"
+
+    def kept(name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = folder / "measured" / f"{split}_{name}.json"
+        if not path.exists():
+            found = find()
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(found))
+        return json.loads(path.read_text())
+
+    def of(name: str, before: str = "") -> dict[str, float]:
+        reference = folder / before / "model" if before else None
+        return kept(name, lambda: summary(folder / name / "model", prompts, reference))
+
+    models = {"base": of("base"), "sl_cai": of("sl_cai", "base"), "rl_cai": of("rl_cai", "sl_cai")}
+    models["dpo"] = of("dpo", "sl_cai")
+    labels = {"": label_quality(folder / "labels/preferences.jsonl")}
+    for variant, changed in CHANGES.items():
+        if not (folder / f"rl_cai_{variant}/model").exists():
+            continue
+        before = "sl_cai"
+        if not changed.keys().isdisjoint(("revisions", "sl_cai")):
+            before = f"sl_cai_{variant}"
+            models[before] = of(before, "base")
+        models[f"rl_cai_{variant}"] = of(f"rl_cai_{variant}", before)
+        labeled = folder / f"labels_{variant}/preferences.jsonl"
+        labels |= {variant: label_quality(labeled)} if labeled.exists() else {}
+    return {
+        "seed": seed,
+        "seconds": json.loads(noted.read_text()) if noted.exists() else None,
+        "judge": kept("judge", lambda: judge_accuracy(folder, prompts, recipe)),
+        "models": models,
+        "labels": labels,
     }
-    result["labels"] = {"": label_quality(folder / "labels/preferences.jsonl")}
-    for variant in variants:
-        before = sl_cai
-        if "revisions" in CHANGES[variant]:
-            before = folder / f"sl_cai_{variant}/model"
-            result["models"][f"sl_cai_{variant}"] = summary(before, prompts, base)
-        after = folder / f"rl_cai_{variant}/model"
-        result["models"][f"rl_cai_{variant}"] = summary(after, prompts, before)
-        result["labels"][variant] = label_quality(folder / f"labels_{variant}/preferences.jsonl")
-    return result
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line for each model, the mean over seeds with the range."""
-    columns = (*principles.PRINCIPLES, "helpful", "kl", "length")
-    lines = [f"| model | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
-    for name in results[0]["models"]:
-        cells = []
-        for column in columns:
-            values = [result["models"][name][column] for result in results]
-            scale, form = (100, ".1f") if column in principles.PRINCIPLES else (1, ".2f")
-            cell = f"{scale * statistics.mean(values):{form}}"
-            if len(values) > 1:
-                cell += f" ({scale * min(values):{form}} to {scale * max(values):{form}})"
-            cells.append(cell)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    for result in results:
-        lines += ["", f"seed {result['seed']}: judge {json.dumps(result['judge'])}",
-                  f"labels {json.dumps(result['labels'])}"]  # fmt: skip
-    return "\n".join(lines) + "\n"
+def tables(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the models, the judge and its labels, means over seeds with the range."""
+
+    def seeds(part: str) -> dict[str, list[Any]]:
+        names = dict.fromkeys(name for result in results for name in result[part])
+        return {n: [r[part][n] for r in results if n in r[part]] for n in names}
+
+    judge = seeds("judge")
+    bias = [{"first": share} for share in judge.pop("first_of_ties")]
+    models, labels = seeds("models"), seeds("labels")
+    shares = dict.fromkeys((*principles.PRINCIPLES, "favourite"), ".1%")
+    num = {f"{name} ({len(of)})": of for name, of in models.items()}
+    texts = [
+        table(num, shares | dict.fromkeys(("helpful", "kl"), ".2f") | {"length": ".1f"}),
+        table(judge, dict.fromkeys(("one_order", "both_orders", "ties_found"), ".1%")),
+        table({"of pairs that are alike": bias}, {"first": ".2f"}),
+        table(labels, dict.fromkeys(labels[""][0], ".0f"), title="labels"),
+    ]
+    return "\n".join(texts)
+
+
+def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """A panel of bars for each principle: stages, and the control without it; means over seeds."""
+    shares = {}
+    for name in principles.PRINCIPLES:
+        shown = {
+            "base": "base",
+            "SL-CAI": "sl_cai",
+            "RL-CAI": "rl_cai",
+            "without it: SL": f"sl_cai_without_{name}",
+            "without it: RL": f"rl_cai_without_{name}",
+        }
+        found = {
+            title: [r["models"][model][name] for r in results if model in r["models"]]
+            for title, model in shown.items()
+        }
+        shares[f"Breaks {name}"] = {k: statistics.mean(of) for k, of in found.items() if of}
+    stages_picture(
+        path,
+        shares,
+        [],
+        title="Constitutional AI, in a world with known truth",
+        subtitle="Share of answers to held-out prompts that break a principle; without it: it was "
+        f"left out of the constitution. Means of up to {len(results)} seeds.",
+    )
 
 
 def main() -> None:
@@ -244,10 +304,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value, for trying things out")
     args = parser.parse_intermixed_args()
     prepare()
-    results = [measure(seed, args.variants, args.overrides, args.split) for seed in args.seeds]
+    for variant, seed in itertools.product(["", *args.variants], args.seeds):
+        run(seed, variant, args.overrides)
+    results = [measure(seed, args.overrides, args.split) for seed in args.seeds]
     if args.split == "test":
         write(RESULTS / "constitutional.json", {"num_prompts": 292, "seeds": results})
-    print(table(results))
+        picture(results, REPO / "docs" / "img" / "constitutional.png")
+    print(tables(results))
 
 
 if __name__ == "__main__":

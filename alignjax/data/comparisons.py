@@ -26,7 +26,8 @@ class Comparison:
     ranks: tuple[int, ...]
     """One for each response: 1 the best; equal ones are not compared."""
     margin: float = 0.0
-    """Of a pair: how much better the first is, in reward units."""
+    """Of a pair: how much better the first is, in reward units; of one with a probability that the
+    first is the better one, this."""
     label: bool | None = None
     """Of a single response: whether it is good."""
 
@@ -97,6 +98,8 @@ def pairs(
     *,
     margin: str | None = None,
     margin_scale: float = 1.0,
+    prob: str | None = None,
+    ties: bool = False,
 ) -> View:
     """Comparisons of two responses, the better one first.
 
@@ -107,8 +110,11 @@ def pairs(
       margin: of `bradley_terry_margin`: "scores", the difference of both scores; or the name of a
         field of the records that holds a number; None: 0.
       margin_scale: what that is multiplied by.
+      prob: instead of a margin, the name of the field that says how likely it is, 0 to 1, that the
+        better one is better.
+      ties: of "all": two responses of one rank are a pair, too, as they stand, with 1/2.
     Raises:
-      UserError: if no preference has a pair, or one lacks its margin.
+      UserError: if no preference has a pair, or one lacks its margin or probability.
     """
 
     def expand(preference: Preference) -> list[Comparison]:
@@ -117,7 +123,11 @@ def pairs(
             for i, j in _of_unlike_rank(ranking.ranks, which):
                 pair = [ranking.responses[i], ranking.responses[j]]
                 value = 0.0 if margin is None else margin_scale * _margin(preference, pair, margin)
+                value = value if prob is None else _prob(preference, prob)
                 found.append(Comparison(preference.prompt, pair, (1, 2), value))
+            for i, j in _of_one_rank(ranking.ranks) if ties else ():
+                pair = [ranking.responses[i], ranking.responses[j]]
+                found.append(Comparison(preference.prompt, pair, (1, 1), 0.5))
         return found
 
     return View(preferences, expand, "none says of two responses which is better")
@@ -189,6 +199,10 @@ def _of_unlike_rank(ranks: Sequence[int], which: str) -> list[tuple[int, int]]:
     return [(best, worst)] if ranks[best] < ranks[worst] else []
 
 
+def _of_one_rank(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    return [(i, j) for i, j in itertools.combinations(range(len(ranks)), 2) if ranks[i] == ranks[j]]
+
+
 def labelled(preference: Preference) -> Iterator[tuple[str, bool]]:
     """Responses of which it is said whether they are good; see `unpaired`."""
     if preference.labels is not None:
@@ -205,16 +219,26 @@ def labelled(preference: Preference) -> Iterator[tuple[str, bool]]:
 
 def _margin(preference: Preference, pair: Sequence[str], name: str) -> float:
     if name != "scores":
-        value = preference.fields.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            there = ", ".join(map(repr, preference.fields)) or "none"
-            raise UserError(
-                f"margin: expected a number in field {name!r}, came {value!r} (fields there: "
-                f"{there})"
-            )
-        return float(value)
+        return _number(preference, name, "margin")
     if preference.scores is None:
         raise UserError('margin: "scores" needs records that are judged by scores')
     better, worse = (preference.scores[preference.responses.index(text)] for text in pair)
     assert better is not None and worse is not None, "only what is judged is ranked"
     return better - worse
+
+
+def _prob(preference: Preference, name: str) -> float:
+    value = _number(preference, name, "probability")
+    if not 0 <= value <= 1:
+        raise UserError(f"{name}: expected a probability, 0 to 1, came {value}")
+    return value
+
+
+def _number(preference: Preference, name: str, what: str) -> float:
+    value = preference.fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        there = ", ".join(map(repr, preference.fields)) or "none"
+        raise UserError(
+            f"{what}: expected a number in field {name!r}, came {value!r} (fields there: {there})"
+        )
+    return float(value)

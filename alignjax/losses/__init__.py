@@ -100,6 +100,7 @@ from alignjax.losses.reward import (
     plackett_luce,
     process_reward,
     regression,
+    soft_bradley_terry,
 )
 from alignjax.losses.shaping import (
     RunningMoments,
@@ -234,6 +235,7 @@ __all__ = [
     "sequence_sum",
     "sequence_token_level",
     "simpo",
+    "soft_bradley_terry",
     "soft_dpo",
     "sppo",
     "target_kl_control",

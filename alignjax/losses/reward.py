@@ -54,6 +54,28 @@ def bradley_terry_margin(
     return jnp.where(is_valid, loss, 0.0)
 
 
+def soft_bradley_terry(
+    chosen_score: Array, rejected_score: Array, preference_prob: Array, is_valid: Array
+) -> Array:
+    """Loss -p log sigmoid(r_w - r_l) - (1 - p) log sigmoid(r_l - r_w), p = preference_prob.
+
+    At p = 1/2, a tie, it is least where both scores are equal.
+
+    Arguments, result and errors as in `bradley_terry`, and
+
+    Args:
+      preference_prob: [N] float32 in [0, 1]; how likely it is that chosen is the better one.
+        Gradient stopped.
+    Source: arXiv:2309.00267 sec. 2.2.1 (RLAIF): cross-entropy with the softmax of both scores.
+    """
+    chosen, rejected, prob = masked.clean(
+        is_valid, chosen_score, rejected_score, preference_prob, rank=1
+    )
+    prob, logits = jax.lax.stop_gradient(prob), chosen - rejected
+    loss = -prob * jax.nn.log_sigmoid(logits) - (1 - prob) * jax.nn.log_sigmoid(-logits)
+    return jnp.where(is_valid, loss, 0.0)
+
+
 def kwise_ranking(scores: Array, ranks: Array, is_valid: Array) -> Array:
     """Loss -log sigmoid(r_i - r_j), mean over the pairs i, j of one prompt of which i is better.
 

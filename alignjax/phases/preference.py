@@ -9,7 +9,6 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from alignjax.core.errors import UserError
 from alignjax.core.intervals import clustered_interval
 from alignjax.core.types import Params, Weighted
 from alignjax.data import (
@@ -146,20 +145,8 @@ class Preference:
                 batch["ranks"] > 0, self._ref[split][batch["index"]], np.float32(0)
             )
         if self._config.data.prob_field is not None:
-            more["preference_prob"] = self._probs(split, batch)
+            more["preference_prob"] = batch["margins"]
         return self._put({**batch, **more}, *more)
-
-    def _probs(self, split: str, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        """[M, R, N] float32; padding has 0."""
-        probs = batch["margins"]
-        is_wrong = ~((probs >= 0) & (probs <= 1))
-        if is_wrong.any():
-            index, value = batch["index"][is_wrong][0], probs[is_wrong][0]
-            raise UserError(
-                f"{self._sources[split].where(int(index))}: {self._config.data.prob_field}: "
-                f"expected a probability, 0 to 1, came {value}"
-            )
-        return probs
 
     def _put(self, batch: Mapping[str, np.ndarray], *more: str) -> dict[str, Array]:
         return put_batch({name: batch[name] for name in (*ARRAYS, *more)}, self._mesh, 1)

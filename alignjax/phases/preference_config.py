@@ -212,6 +212,9 @@ class PreferenceData(ComparisonData):
     prob_field: str | None = None
     """Of soft_dpo: the field of a record that says how likely it is, 0 to 1, that the better
     response is the better one."""
+    ties: bool = False
+    """Of soft_dpo, with all pairs: learn from two responses of one rank, too, with probability 1/2,
+    so that what a judge does not tell apart stays as it is; false: leave them out."""
     shared_prompt: bool = True
     """Compute the prompt once for both responses."""
 
@@ -234,6 +237,8 @@ class PreferenceConfig(ObjectiveConfig):
                 "soft_dpo and data.prob_field, the field of the records with the probabilities, go "
                 "together; give both, or neither"
             )
+        if self.data.ties and not (needs_prob and self.data.pairs == "all"):
+            raise ValueError("data.ties needs soft_dpo, and data.pairs: all")
         if self.objective.is_unpaired and self.data.num_prompts < 2:
             raise ValueError(
                 f"data.num_prompts={self.data.num_prompts}: the KL of kto is a mean over an "
@@ -245,4 +250,5 @@ class PreferenceConfig(ObjectiveConfig):
         """What is learned from."""
         if self.objective.is_unpaired:
             return unpaired(preferences)
-        return pairs(preferences, self.data.pairs, margin=self.data.prob_field)
+        data = self.data
+        return pairs(preferences, data.pairs, prob=data.prob_field, ties=data.ties)

@@ -89,7 +89,9 @@ def pair_loss(
     if scorer.with_log_collision:
         inputs["weights"] = _pair_weights(found, out, batch["mask"], segments)
     pairs = inputs["pairs"]
-    return _summed(objective, inputs, pairs.is_valid), pair_metrics(objective, pairs)
+    is_ranked = (batch["ranks"][..., 0] != batch["ranks"][..., 1]).reshape(-1)
+    ranked = pairs._replace(is_valid=pairs.is_valid & is_ranked)
+    return _summed(objective, inputs, pairs.is_valid), pair_metrics(objective, ranked)
 
 
 def single_loss(

@@ -44,26 +44,26 @@ def reward_loss(
     *,
     shared_prompt: bool,
 ) -> tuple[Weighted, Metrics]:
-    """The objective per element, in nats, over rows of comparisons; ties are left out."""
+    """The objective per element, in nats, over rows of comparisons; metrics leave ties out."""
     shape = (-1, batch["ranks"].shape[-1])
     scores = score_elements(model, params, batch, shared_prompt=shared_prompt).reshape(shape)
     ranks = batch["ranks"].reshape(shape)
     is_valid, margins = ranks > 0, batch["margins"].reshape(-1)
-    counts = losses.is_comparable(ranks, is_valid)
-    loss = OBJECTIVES[objective.name].loss(scores, ranks, is_valid, margins, **objective.options)
+    is_ranked, chosen = losses.is_comparable(ranks, is_valid), OBJECTIVES[objective.name]
+    loss = chosen.loss(scores, ranks, is_valid, margins, **objective.options)
     loss = loss + objective.score_coef * masked.mean(scores**2, is_valid, 1)
     difference = scores[:, :, None] - scores[:, None, :]
     is_pair = is_valid[:, :, None] & is_valid[:, None, :]
     is_pair &= ranks[:, :, None] < ranks[:, None, :]
     is_right = jnp.where(difference == 0, 0.5, (difference > 0).astype(jnp.float32))
     metrics = {
-        "accuracy": losses.example_mean(masked.mean(is_right, is_pair, (1, 2)), counts),
-        "margin": losses.example_mean(masked.mean(difference, is_pair, (1, 2)), counts),
+        "accuracy": losses.example_mean(masked.mean(is_right, is_pair, (1, 2)), is_ranked),
+        "margin": losses.example_mean(masked.mean(difference, is_pair, (1, 2)), is_ranked),
         "min_reward": Minimum(masked.min(scores, is_valid)),
         "mean_reward": losses.example_mean(scores, is_valid),
         "max_reward": Maximum(masked.max(scores, is_valid)),
     }
-    return losses.example_mean(loss, counts), metrics
+    return losses.example_mean(loss, chosen.counts(ranks, is_valid)), metrics
 
 
 class Reward:

@@ -23,6 +23,8 @@ class Objective(NamedTuple):
     [E] float32, nats; 0 where `is_comparable` says no."""
     of_pairs: bool = False
     """Whether an element has to have two completions."""
+    counts: Callable[[Array, Array], Array] = losses.is_comparable
+    """ranks, is_valid -> [E] bool: the elements that it is a mean over."""
 
 
 def kwise(scores: Array, ranks: Array, is_valid: Array, margins: Array) -> Array:
@@ -49,6 +51,16 @@ def bradley_terry_margin(scores: Array, ranks: Array, is_valid: Array, margins: 
     return losses.bradley_terry_margin(chosen, rejected, margins, is_pair)
 
 
+def soft_bradley_terry(scores: Array, ranks: Array, is_valid: Array, margins: Array) -> Array:
+    """`losses.soft_bradley_terry` of two completions, with the probability of the element."""
+    return losses.soft_bradley_terry(scores[:, 0], scores[:, 1], margins, is_valid.all(1))
+
+
+def _is_pair(ranks: Array, is_valid: Array) -> Array:
+    """Ties, too."""
+    return is_valid.all(1)
+
+
 def _two(scores: Array, ranks: Array, is_valid: Array) -> tuple[Array, Array, Array]:
     """Scores of the better and the worse of two completions, and whether there are such."""
     is_first = ranks[:, 0] < ranks[:, 1]
@@ -62,6 +74,7 @@ OBJECTIVES = {
     "plackett_luce": Objective(plackett_luce),
     "bradley_terry": Objective(bradley_terry, of_pairs=True),
     "bradley_terry_margin": Objective(bradley_terry_margin, of_pairs=True),
+    "soft_bradley_terry": Objective(soft_bradley_terry, of_pairs=True, counts=_is_pair),
 }
 HYPERPARAMETERS = ("center_coef",)
 
@@ -106,6 +119,13 @@ class RewardData(ComparisonData):
     field of the records that holds a number."""
     margin_scale: float = Field(1.0, allow_inf_nan=False)
     """What the margin is multiplied by."""
+    prob_field: str | None = None
+    """Of soft_bradley_terry, with pairs: the field of a record that says how likely it is, 0 to 1,
+    that the better response is the better one."""
+    ties: bool = False
+    """Of soft_bradley_terry, with all pairs: learn from two responses of one rank, too, with
+    probability 1/2, so that what a judge does not tell apart is scored alike; false: leave them
+    out."""
     reference: str | list[str] | None = None
     """Responses whose scores have mean 0 and standard deviation 1 once normalised by reward.json,
     such as demonstrations (prompt, completion); null: those of eval, or else of train."""
@@ -131,12 +151,31 @@ class RewardPhaseConfig(PhaseConfig):
             raise ValueError('margins are of pairs: set data.pairs to "all" or "best_worst"')
         return self
 
+    @model_validator(mode="after")
+    def _has_probabilities(self) -> Self:
+        data = self.data
+        is_used = self.objective.name == "soft_bradley_terry"
+        if is_used != (data.prob_field is not None):
+            raise ValueError(
+                f"objective.name={self.objective.name!r} with data.prob_field="
+                f"{data.prob_field!r}: soft_bradley_terry and the field of the records with the "
+                "probabilities go together; give both, or neither"
+            )
+        if is_used and data.pairs is None:
+            raise ValueError('probabilities are of pairs: set data.pairs to "all" or "best_worst"')
+        if data.ties and not (is_used and data.pairs == "all"):
+            raise ValueError("data.ties needs soft_bradley_terry, and data.pairs: all")
+        return self
+
     def view(self, preferences: Preferences) -> View:
         """What is learned from."""
         data = self.data
         if data.pairs is None:
             return rankings(preferences)
-        return pairs(preferences, data.pairs, margin=data.margin, margin_scale=data.margin_scale)
+        return pairs(
+            preferences, data.pairs, margin=data.margin, margin_scale=data.margin_scale,
+            prob=data.prob_field, ties=data.ties,
+        )  # fmt: skip
 
     @model_validator(mode="after")
     def _drops_nothing(self) -> Self:

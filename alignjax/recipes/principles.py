@@ -102,14 +102,26 @@ def truth(prompt: str, completion: str, **fields: Any) -> dict[str, float]:
     return {"reward": -sum(found.values()), **found, "helpful": helpful(prompt, completion)}
 
 
-def true_judge(prompt: str, first: str, second: str, question: str, *, noise: float = 0.0) -> float:
+def true_judge(
+    prompt: str,
+    first: str,
+    second: str,
+    question: str,
+    *,
+    noise: float = 0.0,
+    fond_of: str | None = None,
+) -> float:
     """The probability that `first` is better under the principle that `question` names: 1/2 if both
     keep it or both break it.
 
     Args:
       noise: share of pairs, found by their text, whose verdict is turned round in both orders.
+      fond_of: a word that makes an answer better wherever the principle decides nothing: an error
+        that no number of pairs averages out.
     """
     one, other = broken(first)[question], broken(second)[question]
+    if one == other and fond_of is not None:
+        one, other = (fond_of not in _words(text) for text in (first, second))
     drawn = zlib.crc32("\0".join([prompt, question, *sorted([first, second])]).encode()) / 2**32
     sign = -1 if drawn < noise else 1
     return 0.5 + sign * (other - one) / 2
@@ -201,14 +213,17 @@ JUDGE_TEMPLATE = (
 )
 
 
+KINDS = ("answer", "critique", "critique", "revision", "comparison", "comparison")
+
+
 def corpus(draw: Draw, questions: list[Question], num_lines: int) -> Iterator[dict[str, str]]:
-    """Lines {"prompt", "completion"}: of five an answer, two critiques, a revision and a comparison
-    under all principles, one after the other in any order: a verdict is a single word, and there
-    would be little to learn from if each stood alone behind two answers."""
+    """Lines {"prompt", "completion"}: of six an answer, two critiques, a revision and two
+    comparisons, under all principles, one after the other in any order: a verdict is a single word,
+    and there would be little to learn from if each stood alone behind two answers."""
     for number in range(num_lines):
         question, principle = draw.choice(questions), draw.choice(PRINCIPLES)
         answer = draw.answer(question)
-        kind = ("answer", "critique", "critique", "revision", "comparison")[number % 5]
+        kind = KINDS[number % len(KINDS)]
         if kind == "answer":
             yield {"prompt": question.prompt, "completion": answer.text}
             continue
@@ -231,7 +246,7 @@ def corpus(draw: Draw, questions: list[Question], num_lines: int) -> Iterator[di
 
 
 def write(
-    out_dir: str | Path, *, seed: int, num_lines: int = 64_000, num_helpful: int = 1_000
+    out_dir: str | Path, *, seed: int, num_lines: int = 112_000, num_helpful: int = 1_000
 ) -> None:
     """Writes corpus.jsonl and helpful.jsonl ({"prompt", "completion"}), train.jsonl,
     validation.jsonl and test.jsonl ({"prompt"}), constitution.yaml, compare.jinja and tokenizer/.

@@ -1,5 +1,7 @@
 """Each view of each kind of judgement, by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from alignjax.core.errors import UserError
@@ -67,6 +69,20 @@ def test_margins():
         pairs(scored, margin="x")
     with pytest.raises(UserError, match=r'ranked\.jsonl:2: margin: "scores" needs records that'):
         pairs(Listed([SCORED, RANKED]), margin="scores")
+
+
+def test_probabilities_and_ties():
+    sure = [replace(p, fields={"sure": sure}) for p, sure in ((RANKED, 0.75), (TIED, 0.5))]
+    probs = [pair("p", *x, 0.75) for x in ((A, D), (B, A), (B, C), (B, D), (C, D))]
+    assert of(pairs(Listed(sure), prob="sure")) == probs
+    view = pairs(Listed(sure), prob="sure", ties=True)
+    ties = [Comparison("p", [A, C], (1, 1), 0.5), Comparison("t", [A, B], (1, 1), 0.5)]
+    assert of(view) == [*probs, *ties] and view.num_left_out == 0
+    with pytest.raises(UserError, match=r"ranked\.jsonl:1: probability: expected a number in"):
+        pairs(Listed([RANKED]), prob="sure")
+    wrong = replace(RANKED, fields={"sure": 1.5})
+    with pytest.raises(UserError, match=r"ranked\.jsonl:2: sure: expected a probability.*came 1.5"):
+        pairs(Listed([TIED, wrong]), prob="sure")
 
 
 def one(prompt, response, label):

@@ -27,6 +27,14 @@ def with_margin(chosen_score, rejected_score, is_valid, frozen, **_):
     return out
 
 
+def soft(chosen_score, rejected_score, is_valid, frozen, **_):
+    out = np.zeros(len(is_valid))
+    for n in np.flatnonzero(is_valid):
+        gain, p = chosen_score[n] - rejected_score[n], frozen["preference_prob"][n]
+        out[n] = p * softplus(-gain) + (1 - p) * softplus(gain)
+    return out
+
+
 def comparisons(ranks, is_valid):
     """(better, worse) of one prompt."""
     on = np.flatnonzero(is_valid)
@@ -74,6 +82,7 @@ TestOracles = oracle_tests(
         Case(losses.bradley_terry, bradley_terry),
         Case(losses.bradley_terry, bradley_terry, {"center_coef": 0.01}),
         Case(losses.bradley_terry_margin, with_margin, frozen=True),
+        Case(losses.soft_bradley_terry, soft, frozen=True),
         Case(losses.kwise_ranking, kwise),
         Case(losses.plackett_luce, plackett_luce),
         Case(losses.is_comparable, is_comparable),
@@ -96,6 +105,9 @@ def test_pairs_by_hand():
     # A margin of log 6: sigmoid(log 3 - log 6) = 1 / 3.
     loss = losses.bradley_terry_margin(chosen, rejected, jnp.array([np.log(6.0)]), ONE)
     np.testing.assert_allclose(loss, [LOG3], rtol=1e-6)
+    prob = jnp.array([0.3])
+    loss = losses.soft_bradley_terry(chosen, rejected, prob, ONE)
+    np.testing.assert_allclose(loss, [-0.3 * np.log(3 / 4) - 0.7 * np.log(1 / 4)], rtol=1e-6)
     loss = losses.regression(jnp.array([1.5]), jnp.array([-0.5]), ONE)
     assert loss.tolist() == [4.0]
 
@@ -175,6 +187,7 @@ def test_finite_at_extremes():
     ends, other, on = jnp.array([1e4, -1e4]), jnp.array([-1e4, 1e4]), jnp.ones(2, bool)
     assert_finite(losses.bradley_terry, ends, other, on)
     assert_finite(losses.bradley_terry_margin, ends, other, jnp.ones(2), on)
+    assert_finite(losses.soft_bradley_terry, ends, other, jnp.array([1.0, 0.5]), on)
     assert_finite(losses.regression, ends, other, on)
     scores, every = row(1e4, 0.0, -1e4), jnp.ones((1, 3), bool)
     for ranks in ([1, 2, 3], [3, 2, 1], [1, 1, 2]):

@@ -287,6 +287,24 @@ def test_probabilities_of_soft_labels(world, tmp_path):
         run(make(world, {"soft_dpo": {}}, data), 5)
 
 
+def test_ties_hold_both_responses_where_they_are(world, tmp_path):
+    """Of a tie, -(log sigmoid(beta d) + log sigmoid(-beta d)) / 2 has no slope at d = 0."""
+    tied = {"prompt": "1+1=", "responses": ["2", "3"], "ranks": [1, 1], "sure": 0.5}
+    ranked = {"prompt": "2+2=", "responses": ["5", "4"], "ranks": [2, 1], "sure": 0.9}
+    found = {}
+    for name, records in (("tied", [tied]), ("both", [tied, ranked])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        data = {"train": str(path), "eval": None, "prob_field": "sure", "ties": True,
+                "num_prompts": len(records)}  # fmt: skip
+        _, (found[name],) = run(make(world, {"soft_dpo": {}}, data), 1)
+        assert found[name]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert found["tied"]["grad_norm"] < 1e-6 < 1e-3 < found["both"]["grad_norm"]
+    # Which one is better is not said of a tie: it has no part in these metrics.
+    assert found["tied"]["rewards/accuracies"] == 0 and found["tied"]["logps/chosen"] == 0
+    assert found["both"]["rewards/accuracies"] == 0.5 and found["both"]["logps/chosen"] < 0
+
+
 def test_an_empty_response_is_refused(world, tmp_path):
     record = {"prompt": "1+1", "chosen": "2", "rejected": ""}
     (tmp_path / "empty.jsonl").write_text(json.dumps(record) + "\n")

@@ -278,6 +278,36 @@ def test_margins_of_the_data(world, tmp_path):
     assert metrics["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
 
 
+def test_soft_labels_and_ties(world, tmp_path):
+    """-p log sigmoid(d) - (1 - p) log sigmoid(-d) of each pair, of a tie with p = 1/2, which has no
+    part in the accuracy."""
+    records = [
+        {"prompt": "1=", "responses": ["7", "9"], "ranks": [2, 1], "sure": 0.75},
+        {"prompt": "2=", "responses": ["6", "33"], "ranks": [1, 1], "sure": 0.5},
+    ]
+    path = tmp_path / "soft.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = {
+        "train": str(path), "eval": None, "pairs": "all", "prob_field": "sure", "ties": True,
+        "num_prompts": 2,
+    }  # fmt: skip
+    phase = make(world, data, objective={"name": "soft_bradley_terry"})
+    state = phase.init(jax.random.PRNGKey(3))
+    encode = comparison_encoder(phase._config.data.text, phase._reward.tokenizer)
+    score, expected, gains = alone(phase, state.params), [], []
+    for index, p in ((0, 0.75), (1, 0.5)):
+        element = encode(phase._train[index])
+        better, worse = (float(score(state.params, element.prompt, c)) for c in element.completions)
+        gains.append(better - worse)
+        expected.append(-p * log_sigmoid(gains[-1]) - (1 - p) * log_sigmoid(-gains[-1]))
+    _, collected = phase.collect(state, phase.records())
+    assert collected.metrics["num_left_out"] == 0
+    _, metrics = phase.step(state, collected.batches[0])
+    assert metrics["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert metrics["margin"] == pytest.approx(gains[0], rel=1e-5)
+    assert metrics["accuracy"] == (gains[0] > 0)
+
+
 def test_what_is_left_out_is_counted(world, tmp_path):
     records = [
         {"prompt": "1=", "responses": ["7", "9"], "ranks": [1, 2]},
@@ -399,6 +429,13 @@ def test_lora_trains_adapters_and_the_head_on_an_untied_policy(world, tmp_path):
             {"objective": {"name": "bradley_terry_margin"}, "data": {"margin": "scores"}},
             "margins are of pairs: set data.pairs",
         ),
+        ({"objective": {"name": "soft_bradley_terry"}}, "the probabilities go together"),
+        ({"data": {"prob_field": "sure"}}, "the probabilities go together"),
+        (
+            {"objective": {"name": "soft_bradley_terry"}, "data": {"prob_field": "sure"}},
+            "probabilities are of pairs: set data.pairs",
+        ),
+        ({"data": {"ties": True, "pairs": "all"}}, "data.ties needs soft_bradley_terry"),
         ({"data": {"micro_batches": 3}}, "num_prompts=8 comparisons do not divide into 3"),
         (
             {"model": {"path": "x", "lora": {"rank": 2, "dropout": 0.1}}},

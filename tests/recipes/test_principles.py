@@ -52,6 +52,11 @@ def test_the_judge_that_knows():
     assert (judge(GOOD, rude), judge(rude, GOOD), judge(rude, rude)) == (1, 0, 0.5)
     assert judge(GOOD, rude, "long") == 0.5
     assert (judge(GOOD, rude, noise=1.0), judge(rude, GOOD, noise=1.0)) == (0, 1)
+    # A word that it is fond of counts where the principle decides nothing.
+    fond = principles.true_judge(PROMPT, GOOD, rude, "long", fond_of="quite")
+    assert (fond, principles.true_judge(PROMPT, rude, GOOD, "long", fond_of="quite")) == (1, 0)
+    assert principles.true_judge(PROMPT, GOOD, GOOD, "long", fond_of="quite") == 0.5
+    assert principles.true_judge(PROMPT, rude, GOOD, "rude", fond_of="oaf") == 0
     # A pair is turned round in both orders, or in none.
     pairs = [(GOOD + f" {n}", rude + f" {n}") for n in range(500)]
     forward = [judge(a, b, noise=0.2) for a, b in pairs]
@@ -88,16 +93,16 @@ def test_every_prompt_is_in_one_split_and_what_is_trained_on_in_that_of_training
 def test_answers_break_each_principle_apart_from_the_others(world):
     answers = [r for r in read(world / "corpus.jsonl") if r["prompt"].endswith(":")
                and "<" not in r["prompt"]]  # fmt: skip
-    assert len(answers) == 4_000
+    assert len(answers) == 3_334
     found = [principles.broken(r["completion"]) for r in answers]
     for name in principles.PRINCIPLES:
-        assert sum(f[name] for f in found) / 4_000 == pytest.approx(0.4, abs=0.025)
+        assert sum(f[name] for f in found) / len(answers) == pytest.approx(0.4, abs=0.025)
         others = [f for f in found if f[name]]
         for other in set(principles.PRINCIPLES) - {name}:
             share = sum(f[other] for f in others) / len(others)
             assert share == pytest.approx(0.4, abs=0.04), (name, other)
     right = [principles.helpful(**r) for r in answers]
-    assert sum(right) / 4_000 == pytest.approx(0.85, abs=0.01)
+    assert sum(right) / len(answers) == pytest.approx(0.85, abs=0.01)
     # No principle but the one on length changes it: 11 words without fillers.
     short = {len(r["completion"].split()) for r, f in zip(answers, found, strict=True)
              if not f["long"]}  # fmt: skip
