@@ -8,13 +8,13 @@ and its time is then the one that was noted when it was run, or unknown.
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
 from typing import Any
 
 from record import REPO, RESULTS, write
+from table import table
 
 from alignjax.recipes.r1_zero import evaluations, final
 
@@ -24,6 +24,10 @@ ROWS = {
     "RL, no thinking (control)": ("control", -1, "control"),
 }
 """Stage and place of an evaluation during training, and the stage whose model is evaluated."""
+COLUMNS = {
+    "sampled": ".1%", "greedy": ".1%", "pass@1": ".1%", "maj@16": ".1%", "length": ".1f",
+    "reflects": ".2%",
+}  # fmt: skip
 
 
 def measure(seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -49,9 +53,10 @@ def measure(seed: int, overrides: list[str]) -> dict[str, Any]:
             "maj@16": figures["maj@16"],
             "reflects": figures["parts"]["reflects"],
         }
-    result["reflects_over_steps"] = [
-        [row["step"], row["eval/sampled/reflects"]] for row in evaluations(folder / "zero")
-    ]
+    names = ("step", *(f"eval/sampled/{name}" for name in ("accuracy", "mean_length", "reflects")))
+    result["over_steps"] = {
+        name: [row[name] for row in evaluations(folder / "zero")] for name in names
+    }
     differences = [
         row["sampling/sampling_logp_difference/max"]
         for line in (folder / "zero" / "metrics.jsonl").read_text().splitlines()
@@ -61,35 +66,6 @@ def measure(seed: int, overrides: list[str]) -> dict[str, Any]:
     return result
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each seed, and the mean with the range."""
-    head = ["seed"]
-    head += [f"{name}: {key}" for name in ROWS for key in ("sampled", "greedy", "length")]
-    head += ["minutes"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    columns: list[list[float]] = [[] for _ in head[1:]]
-    for result in results:
-        values = [result[name][key] for name in ROWS for key in ("sampled", "greedy", "length")]
-        values += [] if result["minutes"] is None else [result["minutes"]]
-        for column, value in zip(columns, values, strict=False):
-            column.append(value)
-        lines.append(_line(str(result["seed"]), [[v] for v in values]))
-    lines.append(_line("mean (range)", columns))
-    return "\n".join(lines) + "\n"
-
-
-def _line(label: str, columns: list[list[float]]) -> str:
-    cells = []
-    for i, values in enumerate(filter(None, columns)):
-        is_share = i % 3 != 2 and i < len(columns) - 1
-        text = "{:.1%}" if is_share else "{:.1f}"
-        cell = text.format(statistics.mean(values))
-        if len(values) > 1:
-            cell += f" ({text.format(min(values))} to {text.format(max(values))})"
-        cells.append(cell)
-    return f"| {label} | {' | '.join(cells)} |"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -97,7 +73,16 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     results = [measure(seed, args.overrides) for seed in args.seeds]
     write(RESULTS / "r1_zero.json", {"num_problems": 512, "seeds": results})
-    print(table(results))
+    rows = {
+        name: [
+            {key: v["mean"] if isinstance(v, dict) else v for key, v in result[name].items()}
+            for result in results
+        ]
+        for name in ROWS
+    }
+    print(table(rows, COLUMNS))
+    for result in results:
+        print(f"seed {result['seed']}: {json.dumps(result['over_steps'])}")
 
 
 if __name__ == "__main__":

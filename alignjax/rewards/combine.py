@@ -75,7 +75,7 @@ class RewardModelConfig(Reward):
 
 
 class JudgeRewardConfig(JudgeConfig, Reward):
-    """A judge whose opinion is the reward (direct RLAIF, arXiv:2309.00267 sec. 2.4).
+    """A judge whose opinion is the reward (direct RLAIF, arXiv:2309.00267 sec. 2.2.2).
 
     Attributes:
       method: pointwise: the expected score, mapped from 1..best_score to -1..1, as in the paper;

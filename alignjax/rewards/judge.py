@@ -129,7 +129,7 @@ class Judge:
     def pointwise(self, items: Sequence[Item]) -> list[Verdict]:
         """The expected score of each response: sum over scores of probability x score.
 
-        Source: RLAIF, arXiv:2309.00267 sec. 2.4 (there, then normalised; here it stays 1 to best).
+        Source: RLAIF, arXiv:2309.00267 sec. 2.2.2 (there normalised; here it stays 1 to best).
         """
         scores = np.arange(1, self.config.best_score + 1)
         questions = [self._question("pointwise", i, {"response": i.response}) for i in items]

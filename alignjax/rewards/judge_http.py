@@ -128,7 +128,7 @@ class HttpAsk:
             except TimeoutError:
                 why = f"no answer within {config.timeout_s:g} s"
             except httpx.HTTPError as error:
-                why = self._blotted(f"{type(error).__name__}: {error}")
+                why = self._blotted(f"{type(error).__name__}: {error}".rstrip("."))
             else:
                 if status == 200:
                     try:

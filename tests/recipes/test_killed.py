@@ -32,6 +32,7 @@ from alignjax.train.metrics import TIMINGS
 from tests.integration.killed import REPO
 
 pytestmark = [
+    pytest.mark.timeout(3600),
     pytest.mark.slow,
     pytest.mark.timeout(3600),  # Each stage is a start of Python, and its compilations.
     # What is compared is read as it stands in the file.
