@@ -2,10 +2,12 @@
 
     python benchmarks/r1.py --seeds 0 1 2
     python benchmarks/r1.py --seeds 0 --side validation --stages base zero      # while tuning
+    python benchmarks/r1.py --finished             # measures what has been run, and runs nothing
 
-Runs configs/recipes/r1.yaml and then its controls, configs/recipes/r1_controls.yaml, for each seed,
-with a world and a base model of its own; then samples from every model answers to prompts that
-neither trained nor tuned anything. Runs go to runs/; what is finished is not run again.
+Runs configs/recipes/r1.yaml, then its students and its controls, r1_students.yaml and
+r1_controls.yaml, for each seed, with a world and a base model of its own; and samples from every
+model answers to prompts that neither trained nor tuned anything. Runs go to runs/; what is finished
+is not run again.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from record import REPO, RESULTS, write
+from safetensors.numpy import load_file
 
 from alignjax.cli.runtime import prepare
 from alignjax.core.types import Sample, Score
@@ -30,9 +33,11 @@ from alignjax.train.metrics import read_metrics
 
 STAGES = ("base", "zero", "dev1", "dev2", "dev3", "r1")
 CONTROLS = ("perfect", "zero_language", "neutral_base", "neutral_zero")
+FAMILIES = ("llama", "qwen")
 STUDENTS = tuple(
-    f"{family}_{way}" for family in ("llama", "qwen") for way in ("base", "distilled", "rl")
+    f"{family}_{way}" for family in FAMILIES for way in ("base", "distilled", "rl", "rl_more")
 )
+RECIPES = {"r1": STAGES, "r1_students": STUDENTS, "r1_controls": CONTROLS}
 FIGURES = (
     "accuracy",
     "mixes",
@@ -45,6 +50,9 @@ FIGURES = (
     "needless",
 )
 NUM_SAMPLES = 2
+EFFORT = ("completions", "gflop", "gflop_with_teacher")
+ITERATION = 32 * 8
+"""Completions of a student's step of RL."""
 
 
 def truth(samples: list[Sample]) -> list[Score]:
@@ -96,17 +104,66 @@ def summary(rollouts: Rollouts) -> dict[str, float]:
     return found
 
 
-def run(config: str, seed: int, *overrides: str) -> Path:
+def effort(folder: Path, students: Path, teacher: dict[str, float]) -> dict[str, dict[str, float]]:
+    """What each student was given after its base model: completions, of the teacher or its own, and
+    GFLOP.
+
+    A token costs 2 FLOP for each parameter that multiplies it, 4 more where it is trained on:
+    6 in SFT, and 8 in RL, where it is sampled first. Attention over the context is left out, which
+    is about alike for both.
+
+    Args:
+      teacher: the summary of the model whose samples were kept.
+    """
+    asked = json.loads((folder / "kept" / "reject.json").read_text())["num_samples"]
+    kept = json.loads((folder / "kept" / "kept.jsonl").read_text().splitlines()[0])
+    # A prompt's signs are tokens, and all prompts are of one length; BOS comes before.
+    sample_len = 1 + len(kept["prompt"]) + teacher["length"]
+    sampling = 2 * num_multiplied(folder / "dev2" / "model") * asked * sample_len / 1e9
+    num_lines = sum(
+        len((folder / path).read_text(encoding="utf-8").splitlines())
+        for path in ("kept/kept.jsonl", "world/demonstrations.jsonl")
+    )
+    found = {}
+    for family in FAMILIES:
+        size = num_multiplied(students / f"{family}_base" / "model")
+        last = {w: read_metrics(students / f"{family}_{w}")[-1] for w in ("distilled", "rl")}
+        more = read_metrics(students / f"{family}_rl_more")[-1]
+        sft = 6 * size * last["distilled"]["num_tokens"] / 1e9
+        found[f"{family}_distilled"] = {
+            "completions": last["distilled"]["epoch"] * num_lines,
+            "gflop": sft,
+            "gflop_with_teacher": sft + sampling,
+        }
+        steps, tokens = 0, 0
+        for way, row in (("rl", last["rl"]), ("rl_more", more)):
+            steps, tokens = steps + row["step"], tokens + row["num_tokens"]
+            found[f"{family}_{way}"] = {
+                "completions": steps * ITERATION,
+                "gflop": 8 * size * tokens / 1e9,
+            }
+    return found
+
+
+def num_multiplied(model: Path) -> int:
+    """Parameters but for the embedding, of which a token looks up a row."""
+    tensors = load_file(model / "model.safetensors")
+    return sum(v.size for name, v in tensors.items() if "embed_tokens" not in name)
+
+
+def directory(config: str, seed: int) -> Path:
+    return REPO / "runs" / (config if seed == 0 else f"{config}_seed{seed}")
+
+
+def run(config: str, seed: int, *overrides: str) -> None:
     """Runs a recipe to its end; notes the minutes of a run that was new."""
-    name = config if seed == 0 else f"{config}_seed{seed}"
-    folder = REPO / "runs" / name
+    folder = directory(config, seed)
     is_new, start = not folder.exists(), time.perf_counter()
     path = REPO / "configs" / "recipes" / f"{config}.yaml"
-    command = [sys.executable, "-m", "alignjax", "run", str(path), f"seed={seed}", f"name={name}"]
-    subprocess.run([*command, *overrides], check=True, cwd=REPO)
+    command = [sys.executable, "-m", "alignjax", "run", str(path), f"seed={seed}"]
+    subprocess.run([*command, f"name={folder.name}", *overrides], check=True, cwd=REPO)
     if is_new:
         (folder / "minutes.json").write_text(json.dumps((time.perf_counter() - start) / 60))
-    return folder
 
 
 def minutes(folder: Path) -> float | None:
@@ -114,46 +171,59 @@ def minutes(folder: Path) -> float | None:
     return float(json.loads(noted.read_text())) if noted.exists() else None
 
 
-def measure(seed: int, side: str, stages: list[str]) -> dict[str, Any]:
-    folder = run("r1", seed)
-    found: dict[str, Any] = {"seed": seed, "minutes": minutes(folder)}
-    prompts = folder / f"world/{side}.jsonl"
-    wanted = set(stages or (*STAGES, *CONTROLS, *STUDENTS))
-    for stage in STAGES:
-        if stage in wanted:
-            found[stage] = summary(sampled(folder / stage / "model", prompts))
+def measure(seed: int, side: str, wanted: set[str], *, is_finished: bool) -> dict[str, Any]:
+    """Figures of the models that are wanted, and of the reward models.
+
+    Args:
+      side: of the prompts, validation or test.
+      is_finished: run nothing, and leave out what is not there.
+    """
+    folder = directory("r1", seed)
+    found: dict[str, Any] = {"seed": seed}
+    for config, names in RECIPES.items():
+        if wanted.isdisjoint(names) and config != "r1":
+            continue
+        own = directory(config, seed)
+        if not is_finished:
+            run(config, seed, *([] if config == "r1" else [f"vars.r1={folder.relative_to(REPO)}"]))
+        found[f"{config}_minutes"] = minutes(own)
+        for name in names:
+            if name in wanted and (own / name / "model").exists():
+                world = own / "neutral_world" if name.startswith("neutral") else folder / "world"
+                found[name] = summary(sampled(own / name / "model", world / f"{side}.jsonl"))
     for name in ("helpful", "safe"):
         last = [r for r in read_metrics(folder / name) if "eval/accuracy" in r][-1]
         found[f"reward_model_{name}"] = {
             key: last[f"eval/{key}"] for key in ("accuracy", "accuracy_low", "accuracy_high")
         }
-    if wanted.isdisjoint((*CONTROLS, *STUDENTS)):
-        return found
-    controls = run("r1_controls", seed, f"vars.r1={folder.relative_to(REPO)}")
-    found["controls_minutes"] = minutes(controls)
-    for name in (*CONTROLS, *STUDENTS):
-        if name in wanted:
-            world = controls / "neutral_world" if name.startswith("neutral") else folder / "world"
-            found[name] = summary(sampled(controls / name / "model", world / f"{side}.jsonl"))
-            found[name]["num_tokens"] = read_metrics(controls / name)[-1]["num_tokens"]
+    if found.keys() >= {"dev2", *STUDENTS}:
+        for name, figures in effort(folder, directory("r1_students", seed), found["dev2"]).items():
+            found[name] |= figures
     return found
 
 
-def table(results: list[dict[str, Any]], names: tuple[str, ...]) -> str:
+def table(
+    results: list[dict[str, Any]], names: tuple[str, ...], figures: tuple[str, ...] = FIGURES
+) -> str:
     """Markdown: a line for each model, the mean over seeds with the range."""
-    lines = [f"| model | {' | '.join(FIGURES)} |", "|" + "---|" * (len(FIGURES) + 1)]
+    lines = [f"| model | {' | '.join(figures)} |", "|" + "---|" * (len(figures) + 1)]
     for name in names:
-        if any(name not in result for result in results):
+        rows = [result[name] for result in results if name in result]
+        if not rows:
             continue
         cells = []
-        for figure in FIGURES:
-            values = [result[name][figure] for result in results]
-            shown = "{:.1f}" if figure == "length" else "{:.3f}"
+        for figure in figures:
+            values = [row[figure] for row in rows if figure in row]
+            if not values:
+                cells.append("")
+                continue
+            shown = "{:.3f}" if max(values) <= 1 else "{:.1f}"
             cell = shown.format(statistics.mean(values))
             if len(values) > 1:
                 cell += f" ({shown.format(min(values))} to {shown.format(max(values))})"
             cells.append(cell)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        of = f" ({len(rows)} of {len(results)} seeds)" if len(rows) < len(results) else ""
+        lines.append(f"| {name}{of} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -162,15 +232,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--side", choices=["validation", "test"], default="test")
     parser.add_argument("--stages", nargs="+", default=[], help="models to measure; all if none")
+    parser.add_argument(
+        "--finished", action="store_true", help="run nothing, measure what is there"
+    )
     args = parser.parse_args()
     prepare()
-    results = [measure(seed, args.side, args.stages) for seed in args.seeds]
+    wanted = set(args.stages or (name for names in RECIPES.values() for name in names))
+    results = [measure(seed, args.side, wanted, is_finished=args.finished) for seed in args.seeds]
     if args.side == "test":
         write(
             RESULTS / "r1.json", {"num_prompts": 768, "num_samples": NUM_SAMPLES, "seeds": results}
         )
-    for names in (STAGES, CONTROLS, STUDENTS):
+    for names in RECIPES.values():
         print(table(results, names))
+    print(table(results, STUDENTS, ("accuracy", *EFFORT)))
 
 
 if __name__ == "__main__":
