@@ -9,14 +9,12 @@ reward and the KL from the base model. Runs go to runs/; what is finished is not
 
 import argparse
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from record import REPO, RESULTS, write
+from seeded import minutes, run
 from table import cell, table
 
 from alignjax.cli.runtime import prepare
@@ -33,7 +31,6 @@ from alignjax.rewards.rollout import Rollouts, Task
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.train.metrics import read_metrics
 
-RECIPE = REPO / "configs" / "recipes" / "manners.yaml"
 POLICIES = ("ppo", "online_dpo", "dpo", "simpo", "kto", "orpo")
 NUM_SAMPLES = 4
 PARTS = ("polite", "right", "digits", "short")
@@ -86,16 +83,8 @@ def summary(rollouts: Rollouts, divergence: np.ndarray) -> dict[str, float]:
 
 
 def measure(seed: int, overrides: list[str]) -> dict[str, Any]:
-    name = "manners" if seed == 0 else f"manners_seed{seed}"
-    folder = REPO / "runs" / name
-    noted = folder / "minutes.json"
-    is_new, start = not folder.exists(), time.perf_counter()
-    command = [sys.executable, "-m", "alignjax", "run", str(RECIPE), f"seed={seed}", f"name={name}"]
-    subprocess.run([*command, *overrides], check=True, cwd=REPO)
-    if is_new:
-        noted.write_text(json.dumps((time.perf_counter() - start) / 60))
-    result: dict[str, Any] = {"seed": seed}
-    result["minutes"] = json.loads(noted.read_text()) if noted.exists() else None
+    folder = run("manners", seed, *overrides)
+    result: dict[str, Any] = {"seed": seed, "minutes": minutes(folder)}
     result["reward_model"] = held_out_accuracy(folder / "reward")
     prompts, base = folder / "world/test.jsonl", folder / "base/model"
     from_base = sampled(base, prompts)

@@ -10,41 +10,35 @@ is finished is not run again.
 
 import argparse
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import manners
 import numpy as np
+from manners import (
+    COLUMNS,
+    NUM_SAMPLES,
+    PARTS,
+    held_out_accuracy,
+    kl,
+    sampled,
+    summary,
+)
 from record import REPO, RESULTS, write
+from seeded import minutes, run
 from table import table
 
 from alignjax.cli.runtime import prepare
+from alignjax.core.types import Sample
+from alignjax.phases.scoring import Rewards
+from alignjax.recipes import manners
+from alignjax.rewards.combine import RewardConfig
+from alignjax.sharding import MeshConfig, make_mesh
+from alignjax.text import load_tokenizer
 
 POLICIES = ("rl", "direct", "online_dpo")
 CONTROLS = ("true_rl", "noisy_rl")
 REWARD_MODELS = ("reward", "true_reward", "noisy_reward")
 LABELS = ("labels", "noisy_labels", "one_order_labels")
-
-
-def run(recipe: str, seed: int, *overrides: str) -> Path:
-    """Runs a recipe to its end; notes the minutes of a run that was new."""
-    name = recipe if seed == 0 else f"{recipe}_seed{seed}"
-    folder = REPO / "runs" / name
-    is_new, start = not folder.exists(), time.perf_counter()
-    path = REPO / "configs" / "recipes" / f"{recipe}.yaml"
-    command = [sys.executable, "-m", "alignjax", "run", str(path), f"seed={seed}", f"name={name}"]
-    subprocess.run([*command, *overrides], check=True, cwd=REPO)
-    if is_new:
-        (folder / "minutes.json").write_text(json.dumps((time.perf_counter() - start) / 60))
-    return folder
-
-
-def minutes(folder: Path) -> float | None:
-    noted = folder / "minutes.json"
-    return float(json.loads(noted.read_text())) if noted.exists() else None
 
 
 def labels(stage: Path) -> dict[str, float]:
@@ -56,6 +50,29 @@ def labels(stage: Path) -> dict[str, float]:
     return figures | {name: found[name] for name in names if name in found}
 
 
+def weights(reward_model: Path, answers: Path) -> dict[str, float]:
+    """What a reward model makes of each part of the hidden reward: the coefficients of a linear fit
+    of its scores, as multiples of that of `polite`. In truth each part counts as much, 1."""
+    tokenizer = load_tokenizer(reward_model)
+    samples = []
+    for line in answers.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        prompt = np.array([tokenizer.bos_id, *tokenizer.encode(record["prompt"])], np.int32)
+        for text in record["responses"]:
+            ids = np.array([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
+            samples.append(Sample(record["prompt"], text, prompt_ids=prompt, completion_ids=ids))
+    with Rewards(
+        RewardConfig(models={"learned": {"path": str(reward_model)}}),
+        tokenizer,
+        make_mesh(MeshConfig()),
+    ) as rewards:
+        scores = [score.value for score in rewards(samples)]
+    parts = [manners.score(sample.prompt, sample.completion) for sample in samples]
+    rows = [[*(found[part] for part in PARTS), 1.0] for found in parts]
+    fit, *_ = np.linalg.lstsq(np.array(rows), np.array(scores), rcond=None)
+    return {part: float(value / fit[0]) for part, value in zip(PARTS, fit, strict=False)}
+
+
 def measure(seed: int) -> dict[str, Any]:
     folder = run("rlaif", seed)
     controls = run("rlaif_controls", seed, f"vars.rlaif={folder.relative_to(REPO)}")
@@ -65,14 +82,16 @@ def measure(seed: int) -> dict[str, Any]:
     found["controls_minutes"] = minutes(controls)
     found["labels"] = {name: labels(stages[name]) for name in LABELS}
     found["reward_models"] = {
-        name: manners.held_out_accuracy(stages[name]) for name in REWARD_MODELS
+        name: held_out_accuracy(stages[name])
+        | weights(stages[name] / "model", folder / "held_out/preferences.jsonl")
+        for name in REWARD_MODELS
     }
     prompts, base = folder / "world/test.jsonl", folder / "base/model"
-    found["models"] = {"base": manners.summary(manners.sampled(base, prompts), np.zeros(1))}
+    found["models"] = {"base": summary(sampled(base, prompts), np.zeros(1))}
     for name in (*POLICIES, *CONTROLS):
         path = stages[name] / "model"
-        rollouts = manners.sampled(path, prompts)
-        found["models"][name] = manners.summary(rollouts, manners.kl(rollouts, path, base))
+        rollouts = sampled(path, prompts)
+        found["models"][name] = summary(rollouts, kl(rollouts, path, base))
     return found
 
 
@@ -82,13 +101,17 @@ def main() -> None:
     args = parser.parse_args()
     prepare()
     results = [measure(seed) for seed in args.seeds]
-    num = {"num_prompts": 292, "num_samples": manners.NUM_SAMPLES}
+    num = {"num_prompts": 292, "num_samples": NUM_SAMPLES}
     write(RESULTS / "rlaif.json", {**num, "seeds": results})
     names = ("base", *POLICIES, *CONTROLS)
-    print(table({name: [r["models"][name] for r in results] for name in names}, manners.COLUMNS))
-    for kind, figure in (("reward_models", "accuracy"), ("labels", "same_order")):
+    print(table({name: [r["models"][name] for r in results] for name in names}, COLUMNS))
+    shown = {
+        "reward_models": {"accuracy": ".1%", **dict.fromkeys(PARTS, ".2f")},
+        "labels": {"same_order": ".1%"},
+    }
+    for kind, columns in shown.items():
         rows = {name: [r[kind][name] for r in results] for name in results[0][kind]}
-        print(table(rows, {figure: ".1%"}, title=kind))
+        print(table(rows, columns, title=kind))
 
 
 if __name__ == "__main__":

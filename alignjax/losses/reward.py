@@ -66,7 +66,7 @@ def soft_bradley_terry(
     Args:
       preference_prob: [N] float32 in [0, 1]; how likely it is that chosen is the better one.
         Gradient stopped.
-    Source: arXiv:2309.00267 sec. 2.2 (RLAIF): cross-entropy with the softmax of both scores.
+    Source: arXiv:2309.00267 sec. 2.2.1 (RLAIF): cross-entropy with the softmax of both scores.
     """
     chosen, rejected, prob = masked.clean(
         is_valid, chosen_score, rejected_score, preference_prob, rank=1

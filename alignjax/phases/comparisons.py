@@ -36,7 +36,8 @@ class ComparisonData(Config):
     layout: Literal["auto", *LAYOUTS] = "auto"
     """How records are written down; auto goes by the keys of the first one."""
     annotators: list[str] | None = None
-    """Ids of those who may have judged; null: anybody."""
+    """Ids of those who may have judged: a record of anybody else is wrong (`faulty`). null:
+    anybody."""
     faulty: Literal["error", "drop"] = "error"
     """What to do with a record that is wrong, such as two equal responses."""
     text: TextOptions = TextOptions()

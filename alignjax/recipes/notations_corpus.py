@@ -66,14 +66,14 @@ class Draw(chains.Draw):
                 return request
 
     def answered_sum(self, problem: Problem) -> str:
-        """45% empty thought and guess, 15% bare guess, 18% some steps and guess, 22% working; of
+        """35% empty thought and guess, 15% bare guess, 18% some steps and guess, 32% working; of
         the thoughts 15% are in X, 15% in Y, and the others mixed."""
         u, style = self._random(), self.choice(STYLES)
-        if u < 0.45:
+        if u < 0.35:
             return f"<think></think>{self.guess(problem)}"
-        if u < 0.60:
+        if u < 0.50:
             return self.guess(problem)
-        if u < 0.78:
+        if u < 0.68:
             text, _ = self.thought(problem, self.integer(1, len(problem.ops) - 1), style)
             return f"<think>{text}</think>{self.guess(problem)}"
         text, value = self.thought(problem, len(problem.ops), style)
@@ -155,8 +155,8 @@ def write(
     *,
     seed: int,
     num_sums: int = 34_000,
-    num_drills: int = 14_000,
-    num_requests: int = 16_000,
+    num_drills: int = 8_000,
+    num_requests: int = 8_000,
     num_train: int = 8_192,
     num_held_out: int = 512,
     num_demonstrations: int = 1_024,

@@ -246,7 +246,7 @@ def corpus(draw: Draw, questions: list[Question], num_lines: int) -> Iterator[di
 
 
 def write(
-    out_dir: str | Path, *, seed: int, num_lines: int = 84_000, num_helpful: int = 1_000
+    out_dir: str | Path, *, seed: int, num_lines: int = 112_000, num_helpful: int = 1_000
 ) -> None:
     """Writes corpus.jsonl and helpful.jsonl ({"prompt", "completion"}), train.jsonl,
     validation.jsonl and test.jsonl ({"prompt"}), constitution.yaml, compare.jinja and tokenizer/.

@@ -80,6 +80,21 @@ def rate(prompt, response, *, noise, **fields):
 ROLLOUT = ("rollout.num_prompts=4", "rollout.group_size=4", "evaluation.num_problems=8")
 
 
+SLOW = """
+import time
+from alignjax.recipes import r1
+
+def cold_start(*args, **kwargs):
+    r1.cold_start(*args, **kwargs)
+    time.sleep(1)
+
+def compare(*args, **kwargs):
+    r1.compare(*args, **kwargs)
+    time.sleep(1)
+"""
+"""Of stages that would be over before they could be killed."""
+
+
 STUDENTS = ("qwen_base", "llama_base", "qwen", "llama", "qwen_logits", "qwen_online")
 
 
@@ -157,6 +172,39 @@ CASES = {
         prepare=write_teacher,
         overrides=("vars.teacher=teacher",),
     ),
+    "r1": Case(
+        {
+            "world": (
+                "args={num_sums: 300, num_drills: 100, num_requests: 100, num_train: 64, "
+                "num_held_out: 16, num_demonstrations: 20}",
+            ),
+            "base": (f"model.init={{{TINY}}}", "data.rows=4"),
+            **dict.fromkeys(("dev1", "dev3"), ("data.rows=4",)),
+            # The page shows a sum and a request: all are evaluated.
+            **dict.fromkeys(
+                ("zero", "dev2", "r1"),
+                (*ROLLOUT[:2], "evaluation.num_problems=24", "evaluation.num_shown=24"),
+            ),
+            # Nothing is right: what is kept, and what is compared, is anything at all.
+            **dict.fromkeys(
+                ("traces", "kept"),
+                (
+                    "data.num_prompts=24",
+                    "rollout.num_prompts=8",
+                    "keep={accuracy: {at_least: 0}}",
+                ),
+            ),
+            "cold_start": ("args.num_examples=10", "function=slow.cold_start"),
+            **dict.fromkeys(
+                ("answers", "base_answers"), ("data.num_prompts=38", "rollout.num_prompts=8")
+            ),
+            **dict.fromkeys(
+                ("helpful_pairs", "safe_pairs"), ("args.min_gap=-1.0", "function=slow.compare")
+            ),
+            **dict.fromkeys(("helpful", "safe"), ("data.num_prompts=4",)),
+        },
+        prepare=lambda folder: (folder / "slow.py").write_text(SLOW),
+    ),
 }
 
 
@@ -189,7 +237,7 @@ class Place:
         return (self.folder / "printed.txt").read_text()
 
     def finish(self) -> None:
-        assert self.start().wait(timeout=900) == 0, self.printed
+        assert self.start().wait() == 0, self.printed
 
     def is_inside(self, stage: str) -> bool:
         """Some of the stage's work is done, and some is left."""
@@ -213,7 +261,7 @@ class Place:
         """SIGKILL in the middle of a stage; if that is over in a moment, after several tries."""
         for _ in range(8):
             process = self.start()
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + 900
             while not (self.is_inside(stage) or self.is_done(stage)):
                 assert process.poll() is None and time.monotonic() < deadline, self.printed
                 time.sleep(0.0005)

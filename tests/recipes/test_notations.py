@@ -181,7 +181,7 @@ def test_the_corpus_answers_sums_as_it_says(world):
     shares = {k: v / total for k, v in kinds.items()}
     assert total == SIZES["num_sums"]
     assert shares == pytest.approx(
-        {"empty": 0.45, "bare": 0.15, "partial": 0.18, "full": 0.22}, abs=0.02
+        {"empty": 0.35, "bare": 0.15, "partial": 0.18, "full": 0.32}, abs=0.02
     )
     assert sum(right_guess) / len(right_guess) == pytest.approx(0.15, abs=0.015)
     for op, usual in (("*", "y"), ("+", "x"), ("-", "x")):
@@ -215,7 +215,8 @@ def test_mixing_pays_where_it_is_planted(world, tmp_path):
         assert len(as_usual) / len(mine) == pytest.approx(0.9, abs=0.02)
         assert wrong_frac(as_usual) == pytest.approx(0.02, abs=0.01)
         others = [step for step in mine if step[0] != usual]
-        assert wrong_frac(others) == pytest.approx(0.4, abs=0.05)
+        # 311 of `*`, and more of the others: three standard errors.
+        assert wrong_frac(others) == pytest.approx(0.4, abs=0.08)
         same = [step for step in neutral if step[1] == op]
         assert sum(n == "x" for n, *_ in same) / len(same) == pytest.approx(0.5, abs=0.02)
     assert wrong_frac(neutral) == pytest.approx(0.02, abs=0.005)

@@ -35,6 +35,27 @@ def test_the_laptop_recipe_hands_on_labels_of_the_judge() -> None:
     assert stages["online_dpo"].rewards.judges["wins"].method == "pairwise"
 
 
+def test_the_controls_differ_from_the_recipe_in_their_labels_alone() -> None:
+    whole = recipe("rlaif").stages
+    stages = recipe("rlaif_controls", "vars.rlaif=runs/rlaif").stages
+    for kind, source in (("true", "samples"), ("noisy", "noisy_labels")):
+        reward, rl = stages[f"{kind}_reward"], stages[f"{kind}_rl"]
+        assert reward.data.train.endswith(f"/{source}/preferences.jsonl")
+        assert rl.rewards.models["learned"].path == f"runs/rlaif_controls/{kind}_reward/model"
+        same = {"name": "x", "output_dir": "x"}
+        data = reward.data.model_copy(update={"train": whole["reward"].data.train})
+        assert reward.model_copy(update={**same, "data": data}) == whole["reward"].model_copy(
+            update=same
+        )
+        same["rewards"] = whole["rl"].rewards
+        assert rl.model_copy(update=same) == whole["rl"].model_copy(update=same)
+    judges = {name: stages[name].judge for name in ("noisy_labels", "one_order_labels")}
+    assert judges["noisy_labels"].args == {"noise": 0.2}
+    assert judges["one_order_labels"] == whole["labels"].judge.model_copy(
+        update={"both_orders": False}
+    )
+
+
 def test_the_phase_by_itself_does_what_its_head_says(tmp_path: Path) -> None:
     (tmp_path / "world").mkdir()
     sevens.write(tmp_path / "world", seed=0, num_train=1, num_test=100)
