@@ -57,6 +57,8 @@ class Sampling:
       temperature: dimensionless, >= 0; divides the logits; 0 takes the most likely token.
       top_k: keep the k most likely tokens; 0 keeps all.
       top_p: keep the smallest set of tokens with at least this probability, in (0, 1].
+      min_p: keep the tokens that are at least this fraction as likely as the most likely one, in
+        [0, 1]; 0 keeps all.
       max_tokens: largest number of tokens to sample, the stop token included.
       stop_tokens: ids that end a completion; the one sampled is kept and counted.
       num_samples: completions for each prompt (G).
@@ -65,6 +67,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     max_tokens: int = 128
     stop_tokens: tuple[int, ...] = ()
     num_samples: int = 1
