@@ -35,6 +35,12 @@ class Limits(NamedTuple):
     truncation: Truncation
     stops: Array
     """[S, Q] int32; each a sequence of tokens, with ANY_TOKEN before it; unused ones are NEVER."""
+    penalty: Array | None
+    """[] float32; of repetition. None, here and below: a program without it."""
+    is_banned: Array | None
+    """[V] bool."""
+    forced: Array | None
+    """[F] int32; filled up with NO_TOKEN."""
 
 
 class Rows(NamedTuple):
@@ -52,6 +58,8 @@ class Rows(NamedTuple):
     """[N] bool; a stop token or sequence ended it."""
     recent: Array
     """[N, Q] int32; the last tokens, the newest last."""
+    is_seen: Array | None
+    """[N, V] bool; tokens of the prompt and of the completion, where repetition is penalised."""
     seats: Seats
     own: Own
 
@@ -63,6 +71,7 @@ class Entry(NamedTuple):
     """[N] bool."""
     keys: Array
     max_tokens: Array
+    is_seen: Array | None
     seats: Seats
     """Of all rows, old and new."""
 
@@ -95,7 +104,21 @@ def _draw(logits: Array, rows: Rows, limits: Limits, is_live: Array) -> tuple[Ro
     uniform = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(
         rows.keys, rows.num_tokens
     )
-    tokens, logps = sample_token(logits, uniform, limits.temperature, limits.truncation)
+    shaped, is_seen = logits, rows.is_seen
+    if limits.penalty is not None:
+        penalised = jnp.where(shaped > 0, shaped / limits.penalty, shaped * limits.penalty)
+        shaped = jnp.where(is_seen, penalised, shaped)
+    if limits.is_banned is not None:
+        shaped = jnp.where(limits.is_banned, -jnp.inf, shaped)
+    tokens, logps = sample_token(shaped, uniform, limits.temperature, limits.truncation)
+    if limits.forced is not None:
+        forced = jnp.take(limits.forced, rows.num_tokens, mode="fill", fill_value=NO_TOKEN)
+        is_free = forced == NO_TOKEN
+        tokens = jnp.where(is_free, tokens, forced)
+        logps = jnp.where(is_free, logps, _logps(logits, tokens, limits.temperature))
+    if is_seen is not None:
+        number = jnp.arange(tokens.shape[0])
+        is_seen = is_seen.at[number, tokens].set(is_seen[number, tokens] | is_live)
     recent = jnp.concatenate([rows.recent[:, 1:], tokens[:, None]], axis=1)
     recent = jnp.where(is_live[:, None], recent, rows.recent)
     is_match = (recent[:, None] == limits.stops) | (limits.stops == ANY_TOKEN)
@@ -106,8 +129,15 @@ def _draw(logits: Array, rows: Rows, limits: Limits, is_live: Array) -> tuple[Ro
         is_done=rows.is_done | is_stopped | (num_tokens >= rows.max_tokens),
         is_stopped=rows.is_stopped | is_stopped,
         recent=recent,
+        is_seen=is_seen,
     )
     return rows, jnp.where(is_live, tokens, 0), jnp.where(is_live, logps, 0.0)
+
+
+def _logps(logits: Array, tokens: Array, temperature: Array) -> Array:
+    """[N, V], [N] -> [N] float32, nats; at temperature 0 those of temperature 1."""
+    logps = jax.nn.log_softmax(logits / jnp.where(temperature == 0, 1.0, temperature), axis=-1)
+    return jnp.take_along_axis(logps, tokens[:, None], axis=-1)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"), donate_argnames="prompts")
@@ -145,6 +175,11 @@ def admit(
         is_done=rows.is_done & ~is_new,
         is_stopped=rows.is_stopped & ~is_new,
         recent=jnp.where(is_new[:, None], NO_TOKEN, rows.recent),
+        is_seen=(
+            None
+            if entry.is_seen is None
+            else jnp.where(is_new[:, None], entry.is_seen, rows.is_seen)
+        ),
         seats=entry.seats,
     )
     num_each = entry.seats.rows.shape[0] // prompts.lengths.shape[0]
@@ -155,12 +190,13 @@ def admit(
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"), donate_argnames="rows")
 def advance(
-    params: Params, prompts: Prompts, rows: Rows, limits: Limits, num_steps: Array, min_live: Array,
-    *, model: Model, mesh: Mesh | None,
+    params: Params, prompts: Prompts, rows: Rows, is_empty: Array, limits: Limits,
+    num_steps: Array, min_live: Array, *, model: Model, mesh: Mesh | None,
 ) -> tuple[Rows, Array, Array]:  # fmt: skip
     """Adds up to `num_steps` tokens to each row that is not done.
 
     Args:
+      is_empty: [N] bool; slots without a row, or with one that the caller has ended.
       num_steps: [] int32, at most STEPS.
       min_live: [] int32; ends as soon as so few rows are left to work on.
     Returns:
@@ -181,6 +217,7 @@ def advance(
         rows, token, logp = _draw(model.logits(params, hidden), rows, limits, ~rows.is_done)
         return step + 1, rows, tokens.at[:, step].set(token), logps.at[:, step].set(logp)
 
+    rows = rows._replace(is_done=rows.is_done | is_empty)
     tokens = jnp.zeros((num_rows, STEPS), jnp.int32)
     state = (jnp.int32(0), rows, tokens, tokens.astype(jnp.float32))
     _, rows, tokens, logps = jax.lax.while_loop(go_on, step_on, state)
@@ -212,6 +249,7 @@ def rearrange(
         is_done=rows.is_done[source] | (source < 0),
         is_stopped=rows.is_stopped[source],
         recent=rows.recent[source],
+        is_seen=None if rows.is_seen is None else rows.is_seen[source],
         seats=seats,
         own=Own(k, v, slot),
     )

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from alignjax.core.types import LENGTH, STOP, Completions, Params, Sampling
+from alignjax.core.types import ABORTED, LENGTH, STOP, Completions, Params, Sampling
 from alignjax.generate import decode
-from alignjax.generate.decode import ANY_TOKEN, NEVER, NO_TOKEN, STEPS, Entry, Limits, Rows
+from alignjax.generate.decode import NO_TOKEN, STEPS, Entry, Rows
+from alignjax.generate.limits import check, make_limits
 from alignjax.generate.schedule import MIN_SHRUNK, Ladder, Slots, bucket
-from alignjax.generate.truncate import Truncation
-from alignjax.models import Model, ModelConfig
-from alignjax.models.decoding import empty_own, empty_prompts
+from alignjax.models import Model
+from alignjax.models.decoding import Prompts, empty_own, empty_prompts
 from alignjax.models.kernels.decode import Seats
 from alignjax.sharding.mesh import BATCH_AXES
 
-_STOP_SLOTS = 16
+_LOOK = 8
+"""Tokens of a row between two looks, where someone watches."""
 
 
 class Progress(NamedTuple):
@@ -35,7 +36,21 @@ class Progress(NamedTuple):
 OnTokens = Callable[[Progress], Iterable[int] | None]
 """Called with each progress; rows that it returns are ended there. What it raises ends the call."""
 
-_row_keys = jax.jit(lambda key, rows: jax.vmap(jax.random.fold_in, (None, 0))(key, rows))
+_fold = jax.jit(jax.vmap(jax.random.fold_in))
+
+
+def _row_keys(
+    key: Array, num_prompts: int, num_samples: int, seeds: np.ndarray | None
+) -> np.ndarray:
+    """[B * G, 2] uint32: the key of each row."""
+    total = num_prompts * num_samples
+    numbers = np.arange(bucket(total), dtype=np.uint32)
+    keys = jnp.broadcast_to(key, (len(numbers), *key.shape))
+    if seeds is not None:
+        each = np.zeros(len(numbers), np.uint32)
+        each[:total] = np.repeat(seeds, num_samples)
+        keys, numbers = _fold(keys, each), numbers % num_samples
+    return np.asarray(_fold(keys, numbers))[:total]
 
 
 class Engine:
@@ -71,20 +86,34 @@ class Engine:
         sampling: Sampling,
         *,
         max_tokens: np.ndarray | None = None,
+        seeds: np.ndarray | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completions:
         """See `core.types.GenerateFn`.
 
         Args:
-          max_tokens: [B] int; a limit for each prompt, at most that of `sampling`.
+          max_tokens: [B] int; a limit for each prompt, which that of `sampling` limits too.
+          seeds: [B] int >= 0; a prompt's samples depend on the key and on its seed; by default on
+            the key and on the number of the prompt in the call.
           on_tokens: see `OnTokens`; called every few tokens.
         Raises:
           ValueError: on settings that make no sense.
         """
         prompts, lengths = np.asarray(prompts, np.int32), np.asarray(lengths, np.int32)
-        _check(prompts, lengths, sampling, self.model.config)
-        call = _Call(self, params, prompts, lengths, key, sampling, max_tokens)
-        return call.run(on_tokens)
+        check(prompts, lengths, sampling, self.model.config)
+        limits = np.full(len(prompts), sampling.max_tokens, np.int32)
+        if max_tokens is not None:
+            limits = np.minimum(limits, max_tokens)
+        for name, values, least in (("max_tokens", limits, 1), ("seeds", seeds, 0)):
+            if values is not None and (len(values) != len(prompts) or np.min(values) < least):
+                raise ValueError(
+                    f"{name} {values}: expected {len(prompts)} numbers of at least {least}, one "
+                    "for each prompt"
+                )
+        call = _Call(self, params, prompts, lengths, sampling)
+        return call.run(
+            _row_keys(key, len(prompts), sampling.num_samples, seeds), limits, on_tokens
+        )
 
     @property
     def num_devices(self) -> int:
@@ -95,57 +124,73 @@ class _Call:
     """One call of an engine, from its first prompt to its last token."""
 
     def __init__(
-        self, engine: Engine, params: Params, prompts: np.ndarray, lengths: np.ndarray, key: Array,
-        sampling: Sampling, max_tokens: np.ndarray | None,
+        self, engine: Engine, params: Params, prompts: np.ndarray, lengths: np.ndarray,
+        sampling: Sampling,
     ):  # fmt: skip
-        self._model, self._params = engine.model, params
-        self._how = {"model": engine.model, "mesh": engine.mesh}
-        self._mesh = {"mesh": engine.mesh}
+        self._model, self._mesh, self._params = engine.model, engine.mesh, params
         self._prompts, self._lengths, self._num_samples = prompts, lengths, sampling.num_samples
+        self._limits = make_limits(sampling, engine.model.config.vocab_size)
         total = len(prompts) * sampling.num_samples
-        self._limits = _limits(sampling, engine.model.config)
-        keys = _row_keys(key, np.arange(bucket(total), dtype=np.uint32))
-        self._keys = np.asarray(keys)[:total]
-        each = np.full(len(prompts), sampling.max_tokens)
-        if max_tokens is not None:
-            each = np.minimum(each, max_tokens)
-        self._max_tokens = np.repeat(each, sampling.num_samples).astype(np.int32)
-        self.out = Completions(
+        self._out = Completions(
             tokens=np.zeros((total, sampling.max_tokens), np.int32),
             lengths=np.zeros(total, np.int32),
             logps=np.zeros((total, sampling.max_tokens), np.float32),
-            finish_reasons=np.full(total, LENGTH, np.int8),
+            finish_reasons=np.full(total, ABORTED, np.int8),
         )
         self._ladder = Ladder.of(
             len(prompts), prompts.shape[1], sampling.num_samples, sampling.max_tokens,
             max_rows=engine.max_rows, num_devices=engine.num_devices,
         )  # fmt: skip
-        self._slots = Slots(self._ladder)
-        self._queue = deque(range(total))
+        self._slots, self._queue = Slots(self._ladder), deque(range(total))
+        self._fresh: dict[int, list[np.ndarray]] = {}
         self._num_done = 0
 
-    def run(self, on_tokens: OnTokens | None) -> Completions:
+    def run(
+        self, keys: np.ndarray, max_tokens: np.ndarray, on_tokens: OnTokens | None
+    ) -> Completions:
+        """All rows; keys [B * G, 2] and max_tokens [B] are theirs."""
+        self._keys = keys
+        self._max_tokens = np.repeat(max_tokens, self._num_samples)
+        slots = self._slots
+        self._read, self._rows = self._empty()
+        while self._queue or slots.num_live:
+            if self._queue:
+                self._admit()
+            if slots.num_live:
+                self._advance(STEPS if on_tokens is None else _LOOK)
+            if on_tokens is not None:
+                fresh = {row: np.concatenate(parts) for row, parts in self._fresh.items()}
+                self._end(on_tokens(Progress(fresh, self._num_done)) or ())
+            self._fresh = {}
+            if not self._queue and slots.num_live and slots.can_shrink:
+                self._rearrange(self._rows.own.capacity)
+        return self._out
+
+    def _empty(self) -> tuple[Prompts, Rows]:
         ladder, slots = self._ladder, self._slots
-        num_rows = len(slots.rows)
-        self._read = empty_prompts(self._model, ladder.prompts, ladder.width)
-        self._rows = Rows(
+        num_rows, vocab_size = len(slots.rows), self._model.config.vocab_size
+        rows = Rows(
             keys=jnp.zeros((num_rows, 2), jnp.uint32),
             num_tokens=jnp.zeros(num_rows, jnp.int32),
             max_tokens=jnp.zeros(num_rows, jnp.int32),
             is_done=jnp.ones(num_rows, bool),
             is_stopped=jnp.zeros(num_rows, bool),
             recent=jnp.full((num_rows, self._limits.stops.shape[1]), NO_TOKEN, jnp.int32),
+            is_seen=(
+                None if self._limits.penalty is None else jnp.zeros((num_rows, vocab_size), bool)
+            ),
             seats=Seats(*map(jnp.asarray, slots.seating())),
             own=empty_own(self._model, num_rows, ladder.first_capacity),
         )
-        while self._queue or slots.num_live:
-            if self._queue:
-                self._admit()
-            if slots.num_live:
-                self._advance(STEPS)
-            if not self._queue and slots.num_live and slots.can_shrink:
-                self._rearrange(self._rows.own.capacity)
-        return self.out
+        return empty_prompts(self._model, ladder.prompts, ladder.width), rows
+
+    def _end(self, rows: Iterable[int]) -> None:
+        """Frees the slots of rows, and takes those that wait off the queue."""
+        ended = set(rows)
+        if ended:
+            self._queue = deque(row for row in self._queue if row not in ended)
+            slots = np.flatnonzero(np.isin(self._slots.rows, [*ended]))
+            self._slots.empty(slots, self._queue, self._num_samples)
 
     def _admit(self) -> None:
         """Fills free slots from the queue."""
@@ -158,10 +203,14 @@ class _Call:
         rows = np.maximum(slots.rows, 0)
         is_new = np.zeros(len(rows), bool)
         is_new[filled] = True
-        entry = Entry(is_new, self._keys[rows], self._max_tokens[rows], Seats(*slots.seating()))
+        entry = Entry(
+            is_new, self._keys[rows], self._max_tokens[rows], self._seen(rows),
+            Seats(*slots.seating()),
+        )  # fmt: skip
         self._rows, tokens, logps = decode.admit(
-            self._params, self._read, self._rows, entry, self._limits, **self._how
-        )
+            self._params, self._read, self._rows, entry, self._limits,
+            model=self._model, mesh=self._mesh,
+        )  # fmt: skip
         self._collect(tokens[:, None], logps[:, None])
 
     def _read_prompts(self, places: list[int]) -> None:
@@ -173,7 +222,20 @@ class _Call:
         lengths[: len(which)] = self._lengths[which]
         to = np.full(ladder.read, ladder.prompts, np.int32)
         to[: len(which)] = places
-        self._read = decode.read_into(self._params, self._read, tokens, lengths, to, **self._how)
+        self._read = decode.read_into(
+            self._params, self._read, tokens, lengths, to, model=self._model, mesh=self._mesh
+        )
+
+    def _seen(self, rows: np.ndarray) -> np.ndarray | None:
+        """[N, V] bool: the tokens of the prompt of each of some rows, where they are asked for."""
+        if self._limits.penalty is None:
+            return None
+        which = rows // self._num_samples
+        is_seen = np.zeros((len(rows), self._model.config.vocab_size), bool)
+        is_real = np.arange(self._prompts.shape[1]) < self._lengths[which, None]
+        number = np.broadcast_to(np.arange(len(rows))[:, None], is_real.shape)
+        is_seen[number[is_real], self._prompts[which][is_real]] = True
+        return is_seen
 
     def _advance(self, num_steps: int) -> None:
         """Adds tokens until enough rows are done to do something about it."""
@@ -190,9 +252,9 @@ class _Call:
         elif num_rows % 2 == 0 and num_rows // 2 >= MIN_SHRUNK:
             min_live = num_rows // 2
         self._rows, tokens, logps = decode.advance(
-            self._params, self._read, self._rows, self._limits,
+            self._params, self._read, self._rows, slots.rows < 0, self._limits,
             np.int32(min(num_steps, capacity + 1 - longest)), np.int32(min(min_live, num_live - 1)),
-            **self._how,
+            model=self._model, mesh=self._mesh,
         )  # fmt: skip
         self._collect(tokens, logps)
 
@@ -205,13 +267,15 @@ class _Call:
         done = []
         for slot in np.flatnonzero(slots.rows >= 0):
             row, old, new = slots.rows[slot], slots.counts[slot], counts[slot]
-            self.out.tokens[row, old:new] = tokens[slot, : new - old]
-            self.out.logps[row, old:new] = logps[slot, : new - old]
-            self.out.lengths[row] = new
+            self._out.tokens[row, old:new] = tokens[slot, : new - old]
+            self._out.logps[row, old:new] = logps[slot, : new - old]
+            self._out.lengths[row] = new
+            self._fresh.setdefault(int(row), []).append(tokens[slot, : new - old])
             if is_done[slot]:
                 done.append(slot)
-                self.out.finish_reasons[row] = STOP if is_stopped[slot] else LENGTH
+                self._out.finish_reasons[row] = STOP if is_stopped[slot] else LENGTH
         slots.counts = np.where(slots.rows >= 0, counts, 0).astype(np.int32)
+        self._num_done += len(done)
         slots.empty(done, self._queue, self._num_samples)
 
     def _rearrange(self, capacity: int) -> None:
@@ -222,7 +286,7 @@ class _Call:
             source, prompt_source = slots.shrink()
         self._read, self._rows = decode.rearrange(
             self._read, self._rows, source.astype(np.int32), prompt_source.astype(np.int32),
-            Seats(*slots.seating()), capacity=capacity, **self._mesh,
+            Seats(*slots.seating()), capacity=capacity, mesh=self._mesh,
         )  # fmt: skip
 
 
@@ -231,58 +295,3 @@ def make_generate(
 ) -> Engine:
     """The engine for a model; see `Engine`."""
     return Engine(model, mesh=mesh, max_rows=max_rows)
-
-
-def _limits(sampling: Sampling, config: ModelConfig) -> Limits:
-    """Settings -> arrays."""
-    stops = np.full((_STOP_SLOTS, 1), NEVER, np.int32)
-    for row, token in zip(stops, sampling.stop_tokens, strict=False):
-        row[:] = ANY_TOKEN
-        row[-1] = token
-    return Limits(
-        temperature=np.float32(sampling.temperature),
-        truncation=Truncation(
-            np.int32(min(sampling.top_k, config.vocab_size)), np.float32(sampling.top_p),
-            np.float32(sampling.min_p),
-        ),
-        stops=stops,
-    )  # fmt: skip
-
-
-def _check(
-    prompts: np.ndarray, lengths: np.ndarray, sampling: Sampling, config: ModelConfig
-) -> None:
-    if prompts.ndim != 2 or lengths.shape != prompts.shape[:1] or not len(prompts):
-        raise ValueError(
-            f"prompts {prompts.shape}, lengths {lengths.shape}: expected [B, P] and [B] with B >= 1"
-        )
-    if lengths.min() < 1 or lengths.max() > prompts.shape[1]:
-        raise ValueError(
-            f"lengths from {lengths.min()} to {lengths.max()}: expected 1 to {prompts.shape[1]}, "
-            "the width of prompts; an empty prompt needs at least a bos token"
-        )
-    is_real = np.arange(prompts.shape[1]) < lengths[:, None]
-    is_wrong = is_real & ((prompts < 0) | (prompts >= config.vocab_size))
-    if is_wrong.any():
-        row, column = np.argwhere(is_wrong)[0]
-        raise ValueError(
-            f"prompts: id {prompts[row, column]} in row {row}, column {column}; the model has ids "
-            f"0 to {config.vocab_size - 1}"
-        )
-    is_temperature = 0 <= sampling.temperature < math.inf  # nan is none
-    is_share = 0 < sampling.top_p <= 1 and 0 <= sampling.min_p <= 1
-    if not is_temperature or sampling.top_k < 0 or not is_share:
-        raise ValueError(
-            f"{sampling}: expected a finite temperature >= 0, top_k >= 0, 0 < top_p <= 1 and "
-            "0 <= min_p <= 1"
-        )
-    if sampling.max_tokens < 1 or sampling.num_samples < 1:
-        raise ValueError(f"{sampling}: expected max_tokens and num_samples of at least 1")
-    if len(sampling.stop_tokens) > _STOP_SLOTS:
-        raise ValueError(f"{len(sampling.stop_tokens)} stop tokens: at most {_STOP_SLOTS}")
-    context = config.max_position_embeddings
-    if lengths.max() + sampling.max_tokens > context:
-        raise ValueError(
-            f"a prompt of {lengths.max()} tokens and max_tokens={sampling.max_tokens} exceed the "
-            f"model's context of {context}; shorten the prompt or lower max_tokens"
-        )
