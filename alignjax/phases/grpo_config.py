@@ -150,6 +150,11 @@ class RolloutConfig(Config):
     """Tokens that end a completion, besides EOS and what the model's directory lists as such."""
     max_rows: int = Field(1024, ge=1)
     """Completions that are sampled at once, at most."""
+    int8_kv: bool = False
+    """Keeps keys and values of rollouts as int8 codes, to save memory. Log-probs are recorded as
+    they were sampled from: how far those of training are from them is logged."""
+    int8_weights: bool = False
+    """Samples from the kernels of the layers as int8 codes, made anew in each iteration."""
 
     @field_validator("group_size")
     @classmethod

@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from alignjax.core.errors import UserError
-from alignjax.core.types import Maximum, Minimum, Params, Sampling, Score, ScoreFn
+from alignjax.core.types import GenerateFn, Maximum, Minimum, Params, Sampling, Score, ScoreFn
 from alignjax.data import (
     Examples,
     Prompt,
@@ -71,7 +71,7 @@ class Sampler:
         )
         self._train = self._source(config.data.train)
         self._held_out = None if config.data.eval is None else self._source(config.data.eval)
-        self._generate = make_generate(policy.model, mesh=mesh, max_rows=limits.max_rows)
+        self._generate = self._engine(policy.model, mesh)
         self.rewards: ScoreFn = no_scores
         self.warnings: list[str] = []
         if config.rewards is not None:
@@ -126,9 +126,15 @@ class Sampler:
     def of(self, model: Model, mesh: Mesh) -> "Sampler":
         """The same prompts and rewards, with completions of another model."""
         other = copy.copy(self)
-        max_rows = self._config.rollout.max_rows
-        other._generate = make_generate(model, mesh=mesh, max_rows=max_rows)
+        other._generate = self._engine(model, mesh)
         return other
+
+    def _engine(self, model: Model, mesh: Mesh) -> GenerateFn:
+        limits = self._config.rollout
+        return make_generate(
+            model, mesh=mesh, max_rows=limits.max_rows,
+            int8_kv=limits.int8_kv, int8_weights=limits.int8_weights,
+        )  # fmt: skip
 
     def check(self, scores: Sequence[Score]) -> list[str]:
         """Sentences on rewards that failed.
