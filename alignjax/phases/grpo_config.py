@@ -57,6 +57,10 @@ class AlgorithmConfig(Config):
     """Passes over the rollouts of an iteration."""
     num_minibatches: int = Field(1, ge=1)
     """Parts that rollouts are split into, with one optimizer update each."""
+    old_logps: Literal["sampler", "trainer"] = "sampler"
+    """What ratios are taken against: the log-probs recorded while sampling, which cost nothing and
+    are those that was sampled from; or those of a forward pass before the first update, for a
+    sampler that computes with fewer bits than the trainer."""
     dynamic_sampling: bool = False
     """Leave out groups whose rewards are all equal, and sample other prompts instead."""
     max_rounds: int = Field(4, ge=1)
@@ -192,6 +196,10 @@ class RlConfig(PhaseConfig):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig
     evaluation: EvalConfig = EvalConfig()
+    deterministic: bool = False
+    """Sample by the very computation of a training step, a whole pass for each token, so that both
+    have the same log-probs to the last bit: on one device of a CPU, in float32. Slow, to look for
+    faults; each completion then has a row of its own."""
 
     @model_validator(mode="after")
     def _samples_what_it_trains(self) -> Self:
@@ -247,6 +255,8 @@ class GrpoConfig(RlConfig):
     def num_sharing(self) -> int:
         """`data.num_sharing` as a number, at most a group."""
         limits, asked = self.rollout, self.data.num_sharing
+        if self.deterministic:
+            return 1
         if asked == "auto":
             return limits.group_size if limits.max_prompt_tokens >= limits.max_tokens else 1
         return min(asked, limits.group_size)

@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from alignjax.core.errors import UserError
-from alignjax.core.types import Maximum, Minimum, Params, Sampling, Score, ScoreFn
+from alignjax.core.types import GenerateFn, Maximum, Minimum, Params, Sampling, Score, ScoreFn
 from alignjax.data import (
     Examples,
     Prompt,
@@ -27,6 +27,7 @@ from alignjax.data import (
     shared_row_len,
 )
 from alignjax.generate import make_generate
+from alignjax.generate.exact import make_exact_generate
 from alignjax.losses import token_mean
 from alignjax.losses.ratio import capped_exp, token_log_ratio
 from alignjax.models import Model
@@ -71,7 +72,7 @@ class Sampler:
         )
         self._train = self._source(config.data.train)
         self._held_out = None if config.data.eval is None else self._source(config.data.eval)
-        self._generate = make_generate(policy.model, mesh=mesh, max_rows=limits.max_rows)
+        self._generate = self._make_generate(policy.model, mesh)
         self.rewards: ScoreFn = no_scores
         self.warnings: list[str] = []
         if config.rewards is not None:
@@ -126,9 +127,19 @@ class Sampler:
     def of(self, model: Model, mesh: Mesh) -> "Sampler":
         """The same prompts and rewards, with completions of another model."""
         other = copy.copy(self)
-        max_rows = self._config.rollout.max_rows
-        other._generate = make_generate(model, mesh=mesh, max_rows=max_rows)
+        other._generate = self._make_generate(model, mesh)
         return other
+
+    def _make_generate(self, model: Model, mesh: Mesh) -> GenerateFn:
+        config, limits = self._config, self._config.rollout
+        if not config.deterministic:
+            return make_generate(model, mesh=mesh, max_rows=limits.max_rows)
+        return make_exact_generate(
+            model,
+            mesh,
+            num_rows=config.rows_per_update // config.data.micro_batches,
+            row_len=limits.max_prompt_tokens + limits.max_tokens,
+        )
 
     def check(self, scores: Sequence[Score]) -> list[str]:
         """Sentences on rewards that failed.
@@ -170,7 +181,8 @@ class Rows:
         """Raises: UserError: if the rows do not divide over the devices."""
         rows_per_process(config.rows_per_update // config.data.micro_batches, mesh)
         row_len = config.rollout.max_prompt_tokens + config.rollout.max_tokens
-        return cls(config.rows_per_update, config.data.micro_batches, row_len, config.data.packed)
+        packed = config.data.packed and not config.deterministic
+        return cls(config.rows_per_update, config.data.micro_batches, row_len, packed)
 
     @classmethod
     def sharing(cls, config: RlConfig, mesh: Mesh, num_sharing: int) -> "Rows":
