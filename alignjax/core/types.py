@@ -45,28 +45,46 @@ class Minimum(NamedTuple):
     value: Array
 
 
-STOP, LENGTH = 0, 1
-"""Finish reasons: a stop token was sampled (and kept); the limit on tokens was reached."""
+STOP, LENGTH, ABORTED = 0, 1, 2
+"""Finish reasons: a stop token or sequence was sampled (and kept); the limit on tokens was reached;
+the caller ended it."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. All but `num_samples` and `max_tokens` are traced: no change recompiles.
+    """How to sample. A change of numbers recompiles nothing but for `num_samples` and `max_tokens`.
+
+    In this order: what is seen is penalised, what is banned left out, then temperature, top-k,
+    top-p and min-p.
 
     Attributes:
       temperature: dimensionless, >= 0; divides the logits; 0 takes the most likely token.
       top_k: keep the k most likely tokens; 0 keeps all.
       top_p: keep the smallest set of tokens with at least this probability, in (0, 1].
+      min_p: keep the tokens that are at least this fraction as likely as the most likely one, in
+        [0, 1]; 0 keeps all.
       max_tokens: largest number of tokens to sample, the stop token included.
       stop_tokens: ids that end a completion; the one sampled is kept and counted.
+      stop_sequences: of ids, that end a completion as their last one is sampled; kept as well.
+      repetition_penalty: > 0; logits of the tokens of the prompt and of the completion so far are
+        divided by it where they are above 0 and multiplied where they are below
+        (arXiv:1909.05858 sec. 4.1, as implementations have it); 1 changes nothing.
+      banned_tokens: ids that are never sampled.
+      forced_tokens: ids that a completion starts with. They count among its tokens, and their
+        log-probs are those of the model at this temperature: of all tokens, without penalty.
       num_samples: completions for each prompt (G).
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     max_tokens: int = 128
     stop_tokens: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    repetition_penalty: float = 1.0
+    banned_tokens: tuple[int, ...] = ()
+    forced_tokens: tuple[int, ...] = ()
     num_samples: int = 1
 
 
@@ -79,10 +97,10 @@ class Completions(NamedTuple):
     """[B * G] int32; number of real tokens, stop token included. Masks are by length, not by id."""
     logps: np.ndarray
     """[B * G, C] float32, nats; log-prob of each sampled token under the distribution it was drawn
-    from (temperature, top-k and top-p applied; at temperature 0, that of temperature 1). 0 off
+    from (all of `Sampling` applied; at temperature 0, that of temperature 1). 0 off
     length."""
     finish_reasons: np.ndarray
-    """[B * G] int8; STOP or LENGTH."""
+    """[B * G] int8; STOP, LENGTH or, where the caller has ended it, ABORTED."""
 
 
 class GenerateFn(Protocol):

@@ -1,119 +1,265 @@
-"""Prompts -> completions, as one compiled function: prefill, then a loop of single steps."""
+"""Rows of tokens -> rows with more tokens: the compiled functions that the engine calls in turn.
 
-from typing import NamedTuple
+`read_into` reads prompts, `admit` gives rows to free slots and draws their first tokens, `advance`
+adds tokens to all rows, `rearrange` moves the rows that are left to a smaller or longer store. Each
+is compiled once for each of its shapes, whatever the settings of sampling.
+"""
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alignjax.core.types import Params
-from alignjax.generate.sample import sample_token
+from alignjax.generate.sample import Truncation, sample_token
 from alignjax.models import Model
-from alignjax.models.attention import Cache
+from alignjax.models.decoding import Own, Prompts, read_prompts, read_tokens
+from alignjax.models.kernels.decode import Seats
+from alignjax.sharding.mesh import BATCH_AXES
+
+STEPS = 64
+"""Tokens that one call of `advance` adds to a row at most."""
+NO_TOKEN, ANY_TOKEN, NEVER = -1, -2, -3
+"""What is no id: before the first token of a row; in a stop sequence, whatever comes before it; and
+in the place of a stop sequence that there is not."""
 
 
 class Limits(NamedTuple):
-    """What may change from call to call without a new compilation: scalars, and stop tokens."""
+    """What may change from call to call without a new compilation."""
 
     temperature: Array
-    top_k: Array
-    top_p: Array
+    """[] float32."""
+    truncation: Truncation
+    stops: Array
+    """[S, Q] int32; each a sequence of tokens, with ANY_TOKEN before it; unused ones are NEVER."""
+    penalty: Array | None
+    """[] float32; of repetition. None, here and below: a program without it."""
+    is_banned: Array | None
+    """[V] bool."""
+    forced: Array | None
+    """[F] int32; filled up with NO_TOKEN."""
+
+
+class Rows(NamedTuple):
+    """N slots, each with a completion in the making, a finished one, or none."""
+
+    keys: Array
+    """[N, 2] uint32; a row's samples depend on its key alone."""
+    num_tokens: Array
+    """[N] int32; drawn so far."""
     max_tokens: Array
-    stop_tokens: Array
-    """[S] int32; filled up with -1, which no token equals."""
-
-
-class Decoding(NamedTuple):
-    """The state of the loop over tokens. N = B * G rows."""
-
-    step: Array
-    tokens: Array
-    logps: Array
-    lengths: Array
+    """[N] int32."""
     is_done: Array
-    cache: Cache
+    """[N] bool; True on slots without a row too."""
+    is_stopped: Array
+    """[N] bool; a stop token or sequence ended it."""
+    recent: Array
+    """[N, Q] int32; the last tokens, the newest last."""
+    is_seen: Array | None
+    """[N, V] bool; tokens of the prompt and of the completion, where repetition is penalised."""
+    seats: Seats
+    own: Own
 
 
-def left_pad(tokens: Array, lengths: Array) -> tuple[Array, Array, Array]:
-    """Right-padded prompts -> tokens, segment ids and positions [B, P], padded on the left.
+class Entry(NamedTuple):
+    """What `admit` gives to slots; anything in the others."""
 
-    Left padding lets all rows write their next token into the same slot of the cache.
-    """
-    width = tokens.shape[1]
-    source = jnp.arange(width)[None, :] - (width - lengths)[:, None]
-    positions = jnp.maximum(source, 0)
-    is_real = source >= 0
-    shifted = jnp.where(is_real, jnp.take_along_axis(tokens, positions, axis=1), 0)
-    return shifted, is_real.astype(jnp.int32), positions
+    is_new: Array
+    """[N] bool."""
+    keys: Array
+    max_tokens: Array
+    is_seen: Array | None
+    seats: Seats
+    """Of all rows, old and new."""
 
 
-def decode(
-    params: Params,
-    prompts: Array,
-    lengths: Array,
-    row_keys: Array,
-    limits: Limits,
-    *,
-    model: Model,
-    num_samples: int,
-    capacity: int,
-) -> tuple[Array, Array, Array, Array]:
-    """Samples up to `capacity` tokens after each prompt; stops when every row has stopped.
+def _on_batch(tree: Any, mesh: Mesh | None, axis: int) -> Any:
+    """Splits this axis of each array over the devices, if it divides."""
+    if mesh is None:
+        return tree
+    shards = 1
+    for name in BATCH_AXES:
+        shards *= mesh.shape[name]
+
+    def split(array: Array) -> Array:
+        if array.ndim <= axis or array.shape[axis] % shards:
+            return array
+        free = PartitionSpec.UNCONSTRAINED
+        spec = [BATCH_AXES if i == axis else free for i in range(array.ndim)]
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(split, tree)
+
+
+def _spread(rows: Rows, mesh: Mesh | None) -> Rows:
+    own = rows.own._replace(k=_on_batch(rows.own.k, mesh, 1), v=_on_batch(rows.own.v, mesh, 1))
+    return rows._replace(own=own)
+
+
+def _draw(logits: Array, rows: Rows, limits: Limits, is_live: Array) -> tuple[Rows, Array, Array]:
+    """The next token of each live row: tokens [N] int32 and logps [N] float32, 0 in other rows."""
+    uniform = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(
+        rows.keys, rows.num_tokens
+    )
+    shaped, is_seen = logits, rows.is_seen
+    if limits.penalty is not None:
+        penalised = jnp.where(shaped > 0, shaped / limits.penalty, shaped * limits.penalty)
+        shaped = jnp.where(is_seen, penalised, shaped)
+    if limits.is_banned is not None:
+        shaped = jnp.where(limits.is_banned, -jnp.inf, shaped)
+    tokens, logps = sample_token(shaped, uniform, limits.temperature, limits.truncation)
+    if limits.forced is not None:
+        forced = jnp.take(limits.forced, rows.num_tokens, mode="fill", fill_value=NO_TOKEN)
+        is_free = forced == NO_TOKEN
+        tokens = jnp.where(is_free, tokens, forced)
+        logps = jnp.where(is_free, logps, _logps(logits, tokens, limits.temperature))
+    if is_seen is not None:
+        number = jnp.arange(tokens.shape[0])
+        is_seen = is_seen.at[number, tokens].set(is_seen[number, tokens] | is_live)
+    recent = jnp.concatenate([rows.recent[:, 1:], tokens[:, None]], axis=1)
+    recent = jnp.where(is_live[:, None], recent, rows.recent)
+    is_match = (recent[:, None] == limits.stops) | (limits.stops == ANY_TOKEN)
+    is_stopped = is_live & jnp.any(jnp.all(is_match, axis=-1), axis=-1)
+    num_tokens = rows.num_tokens + is_live
+    rows = rows._replace(
+        num_tokens=num_tokens,
+        is_done=rows.is_done | is_stopped | (num_tokens >= rows.max_tokens),
+        is_stopped=rows.is_stopped | is_stopped,
+        recent=recent,
+        is_seen=is_seen,
+    )
+    return rows, jnp.where(is_live, tokens, 0), jnp.where(is_live, logps, 0.0)
+
+
+def _logps(logits: Array, tokens: Array, temperature: Array) -> Array:
+    """[N, V], [N] -> [N] float32, nats; at temperature 0 those of temperature 1."""
+    logps = jax.nn.log_softmax(logits / jnp.where(temperature == 0, 1.0, temperature), axis=-1)
+    return jnp.take_along_axis(logps, tokens[:, None], axis=-1)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mesh"), donate_argnames="prompts")
+def read_into(
+    params: Params, prompts: Prompts, tokens: Array, lengths: Array, places: Array,
+    *, model: Model, mesh: Mesh | None,
+) -> Prompts:  # fmt: skip
+    """Reads prompts and puts them in the places of others.
 
     Args:
-      params: the model's weights.
-      prompts: [B, P] int32, right-padded.
-      lengths: [B] int32; 0 marks a row that only fills the batch up and is never waited for.
-      row_keys: [B * G, 2] uint32; one PRNG key per row, so that a row's samples do not depend on
-        which other rows share its batch.
-      limits: traced sampling parameters.
-      model, num_samples (G), capacity (C): static.
-    Returns:
-      tokens [N, C] int32 and logps [N, C] float32, both 0 off length; lengths [N] int32;
-      is_stopped [N] bool, True where a stop token ended the row.
+      tokens: [R, P] int32, right-padded; lengths: [R] int32, at least 1.
+      places: [R] int32; B where a prompt only fills the call up.
     """
-    num_rows = prompts.shape[0] * num_samples
-    tokens, segment_ids, positions = left_pad(prompts, lengths)
-    cache = model.init_cache(prompts.shape[0], prompts.shape[1] + capacity)
-    hidden, cache = model.apply(params, tokens, segment_ids, positions, cache)
-    cache = cache._replace(
-        k=jnp.repeat(cache.k, num_samples, axis=1),
-        v=jnp.repeat(cache.v, num_samples, axis=1),
-        segment_ids=jnp.repeat(cache.segment_ids, num_samples, axis=0),
+    read = read_prompts(model, params, _on_batch(tokens, mesh, 0), lengths)
+    put = lambda axis: lambda old, new: old.at[(slice(None),) * axis + (places,)].set(new)  # noqa: E731
+    return Prompts(
+        k=_on_batch(put(1)(prompts.k, read.k), mesh, 1),
+        v=_on_batch(put(1)(prompts.v, read.v), mesh, 1),
+        lengths=put(0)(prompts.lengths, read.lengths),
+        hidden=put(0)(prompts.hidden, read.hidden),
     )
-    lengths = jnp.repeat(lengths, num_samples)
 
-    def draw(last: Array, state: Decoding) -> Decoding:
-        logits = model.logits(params, last)
-        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))(
-            row_keys
-        )
-        token, logp = sample_token(logits, uniform, limits.temperature, limits.top_k, limits.top_p)
-        is_stop = jnp.any(token[:, None] == limits.stop_tokens[None, :], axis=-1)
-        return state._replace(
-            step=state.step + 1,
-            tokens=state.tokens.at[:, state.step].set(jnp.where(state.is_done, 0, token)),
-            logps=state.logps.at[:, state.step].set(jnp.where(state.is_done, 0.0, logp)),
-            lengths=state.lengths + ~state.is_done,
-            is_done=state.is_done | is_stop,
-        )
 
-    def advance(state: Decoding) -> Decoding:
-        token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        position = (lengths + state.step - 1)[:, None]
-        hidden, cache = model.apply(params, token, jnp.ones_like(token), position, state.cache)
-        return draw(hidden[:, -1], state._replace(cache=cache))
-
-    state = Decoding(
-        step=jnp.zeros((), jnp.int32),
-        tokens=jnp.zeros((num_rows, capacity), jnp.int32),
-        logps=jnp.zeros((num_rows, capacity), jnp.float32),
-        lengths=jnp.zeros(num_rows, jnp.int32),
-        is_done=lengths == 0,
-        cache=cache,
+@functools.partial(jax.jit, static_argnames=("model", "mesh"), donate_argnames="rows")
+def admit(
+    params: Params, prompts: Prompts, rows: Rows, entry: Entry, limits: Limits,
+    *, model: Model, mesh: Mesh | None,
+) -> tuple[Rows, Array, Array]:  # fmt: skip
+    """New rows take their slots, and their first tokens [N] with log-probs [N] are drawn."""
+    is_new = entry.is_new
+    rows = rows._replace(
+        keys=jnp.where(is_new[:, None], entry.keys, rows.keys),
+        num_tokens=jnp.where(is_new, 0, rows.num_tokens),
+        max_tokens=jnp.where(is_new, entry.max_tokens, rows.max_tokens),
+        is_done=rows.is_done & ~is_new,
+        is_stopped=rows.is_stopped & ~is_new,
+        recent=jnp.where(is_new[:, None], NO_TOKEN, rows.recent),
+        is_seen=(
+            None
+            if entry.is_seen is None
+            else jnp.where(is_new[:, None], entry.is_seen, rows.is_seen)
+        ),
+        seats=entry.seats,
     )
-    state = draw(jnp.repeat(hidden[:, -1], num_samples, axis=0), state)
-    state = jax.lax.while_loop(
-        lambda state: (state.step < limits.max_tokens) & ~jnp.all(state.is_done), advance, state
+    num_each = entry.seats.rows.shape[0] // prompts.lengths.shape[0]
+    hidden = prompts.hidden[entry.seats.of_row // num_each]
+    rows, tokens, logps = _draw(model.logits(params, hidden), rows, limits, is_new)
+    return _spread(rows, mesh), tokens, logps
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mesh"), donate_argnames="rows")
+def advance(
+    params: Params, prompts: Prompts, rows: Rows, is_empty: Array, limits: Limits,
+    num_steps: Array, min_live: Array, *, model: Model, mesh: Mesh | None,
+) -> tuple[Rows, Array, Array]:  # fmt: skip
+    """Adds up to `num_steps` tokens to each row that is not done.
+
+    Args:
+      is_empty: [N] bool; slots without a row, or with one that the caller has ended.
+      num_steps: [] int32, at most STEPS.
+      min_live: [] int32; ends as soon as so few rows are left to work on.
+    Returns:
+      rows; tokens [N, STEPS] int32 and logps [N, STEPS] float32 in the order of time, 0 where a row
+      was done.
+    """
+    num_rows = rows.num_tokens.shape[0]
+
+    def go_on(state: tuple[Array, Rows, Array, Array]) -> Array:
+        step, rows, _, _ = state
+        return (step < num_steps) & (jnp.sum(~rows.is_done) > min_live)
+
+    def step_on(state: tuple[Array, Rows, Array, Array]) -> tuple[Array, Rows, Array, Array]:
+        step, rows, tokens, logps = state
+        last, num_before = rows.recent[:, -1], rows.num_tokens - 1
+        hidden, own = read_tokens(model, params, last, num_before, prompts, rows.own, rows.seats)
+        rows = rows._replace(own=own)
+        rows, token, logp = _draw(model.logits(params, hidden), rows, limits, ~rows.is_done)
+        return step + 1, rows, tokens.at[:, step].set(token), logps.at[:, step].set(logp)
+
+    rows = rows._replace(is_done=rows.is_done | is_empty)
+    tokens = jnp.zeros((num_rows, STEPS), jnp.int32)
+    state = (jnp.int32(0), rows, tokens, tokens.astype(jnp.float32))
+    _, rows, tokens, logps = jax.lax.while_loop(go_on, step_on, state)
+    return _spread(rows, mesh), tokens, logps
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "mesh"))
+def rearrange(
+    prompts: Prompts, rows: Rows, source: Array, prompt_source: Array, seats: Seats,
+    *, capacity: int, mesh: Mesh | None,
+) -> tuple[Prompts, Rows]:  # fmt: skip
+    """Some of the rows and prompts, in other slots, with room for more tokens.
+
+    Args:
+      source: [N'] int32, the slot that a row comes from; -1 leaves the new slot empty.
+      prompt_source: [B'] int32, as source; anything where there is none.
+      seats: of the rows in their new slots.
+      capacity: of their own keys and values; at least what it was.
+    """
+    own, old = rows.own, rows.own.capacity
+    k, v, slot = own.k[:, source], own.v[:, source], own.slot
+    if capacity > old:  # The oldest first: then the next slot is the first of the new ones.
+        room = capacity - old
+        k = jnp.pad(jnp.roll(k, -slot, axis=4), [(0, 0)] * 4 + [(0, room)])
+        v = jnp.pad(jnp.roll(v, -slot, axis=3), [(0, 0)] * 3 + [(0, room), (0, 0)])
+        slot = jnp.full_like(slot, old)
+    rows = Rows(
+        *(array[source] for array in (rows.keys, rows.num_tokens, rows.max_tokens)),
+        is_done=rows.is_done[source] | (source < 0),
+        is_stopped=rows.is_stopped[source],
+        recent=rows.recent[source],
+        is_seen=None if rows.is_seen is None else rows.is_seen[source],
+        seats=seats,
+        own=Own(k, v, slot),
     )
-    return state.tokens, state.logps, state.lengths, state.is_done
+    prompts = Prompts(
+        prompts.k[:, prompt_source], prompts.v[:, prompt_source],
+        prompts.lengths[prompt_source], prompts.hidden[prompt_source],
+    )  # fmt: skip
+    return prompts, _spread(rows, mesh)
+
+
+def num_compilations() -> int:
+    """How many programs this process has compiled to generate."""
+    return sum(f._cache_size() for f in (read_into, admit, advance, rearrange))

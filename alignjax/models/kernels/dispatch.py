@@ -99,7 +99,7 @@ def attend(
         distinct, which = _distinct(windows, layer)
         kernels = [functools.partial(run, window=window) for window in distinct]
         return jax.lax.switch(which, kernels, q, k, v, query_segments)
-    window = _window(windows, layer)
+    window = layer_window(windows, layer)
     if implementation == "chunked":
         return chunked_attention(
             q,
@@ -213,7 +213,7 @@ def _distinct(
     return distinct, jnp.array([distinct.index(window) for window in windows])[layer]
 
 
-def _window(windows: Sequence[int | None], layer: Array | int) -> Array | int | None:
+def layer_window(windows: Sequence[int | None], layer: Array | int) -> Array | int | None:
     """The layer's window; a number in any case if it is traced."""
     distinct, which = _distinct(windows, layer)
     if len(distinct) == 1:
