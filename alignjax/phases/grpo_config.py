@@ -154,6 +154,10 @@ class RolloutConfig(Config):
     """Tokens that end a completion, besides EOS and what the model's directory lists as such."""
     max_rows: int = Field(1024, ge=1)
     """Completions that are sampled at once, at most."""
+    score_early: bool = False
+    """Score completions while others are still being sampled; the scores are the same. It pays
+    where reward functions take long. Not with models or judges, which would share the devices or
+    compare samples."""
 
     @field_validator("group_size")
     @classmethod
@@ -207,6 +211,22 @@ class RlConfig(PhaseConfig):
             raise ValueError(
                 f"model.lora.dropout={self.model.lora.dropout} would train another policy than the "
                 "one that samples, which drops nothing; set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _may_score_early(self) -> Self:
+        rewards = self.rewards
+        if not self.rollout.score_early:
+            return self
+        if self.deterministic:
+            raise ValueError(
+                "deterministic samples all tokens first: set rollout.score_early: false"
+            )
+        if rewards is None or rewards.models or rewards.judges or not rewards.functions:
+            raise ValueError(
+                "rollout.score_early is for reward functions alone (rewards.functions): leave it "
+                "out, or models and judges"
             )
         return self
 

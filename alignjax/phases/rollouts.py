@@ -35,6 +35,7 @@ from alignjax.phases.common import Policy, rows_per_process, score_tokens
 from alignjax.phases.grpo_config import RlConfig
 from alignjax.phases.scoring import Rewards
 from alignjax.rewards.combine import too_many_failures
+from alignjax.rewards.overlap import overlapped_rollout
 from alignjax.rewards.rollout import Rollouts, Task, no_scores, rollout
 from alignjax.sharding import batch_shards
 from alignjax.text import stop_ids
@@ -119,7 +120,8 @@ class Sampler:
           params: all that the policy computes with (`Policy.whole`).
         """
         tasks = [Task(p.tokens, p.example.reference, p.example.fields) for p in prompts]
-        return rollout(
+        roll: Any = overlapped_rollout if self._config.rollout.score_early else rollout
+        return roll(
             self._generate, self.rewards, self._policy.tokenizer, params, tasks, key, sampling,
             prompt_len=self._config.rollout.max_prompt_tokens,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from alignjax.core.types import Sampling, Score
 from alignjax.generate import make_generate
@@ -112,6 +113,23 @@ def test_deterministic_runs_have_a_ratio_of_exactly_1(world, monkeypatch, compil
     lengths = np.concatenate([np.asarray(b["mask"]).sum(-1).ravel() for b, *_ in seen])
     assert len(set(lengths.tolist())) > 2, "ragged"
     assert not np.array_equal(*(p["embedding"] for *_, p in seen[:2])), "the weights have moved"
+
+
+def test_scoring_early_changes_nothing(world, monkeypatch):
+    seen = []
+    for early in (False, True):
+        phase = make(world, monkeypatch, rollout={"score_early": early})
+        _, collected = phase.collect(phase.init(jax.random.PRNGKey(0)), phase.records())
+        seen.append((collected.metrics, list(collected.samples), [*collected.batches]))
+    (metrics, samples, batches), (metrics_, samples_, batches_) = jax.device_get(seen)
+    assert metrics == metrics_ and samples == samples_ and metrics["reward"] > 0
+    jax.tree.map(np.testing.assert_array_equal, batches, batches_)
+    for changes, message in (
+        ({"deterministic": True}, "samples all tokens first"),
+        ({"rewards": {"models": {"rm": {"path": "x"}}}}, "for reward functions alone"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            make(world, monkeypatch, rollout={"score_early": True}, **changes)
 
 
 def test_it_draws_what_the_engine_draws(world):
