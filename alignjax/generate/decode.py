@@ -18,6 +18,7 @@ from alignjax.generate.sample import Truncation, sample_token
 from alignjax.models import Model
 from alignjax.models.decoding import Own, Prompts, read_prompts, read_tokens
 from alignjax.models.kernels.decode import Seats
+from alignjax.models.kv import like
 from alignjax.sharding.mesh import BATCH_AXES
 
 STEPS = 64
@@ -152,12 +153,12 @@ def read_into(
       places: [R] int32; B where a prompt only fills the call up.
     """
     read = read_prompts(model, params, _on_batch(tokens, mesh, 0), lengths)
-    put = lambda axis: lambda old, new: old.at[(slice(None),) * axis + (places,)].set(new)  # noqa: E731
+    put = lambda old, new: old.at[:, places].set(new)  # noqa: E731
     return Prompts(
-        k=_on_batch(put(1)(prompts.k, read.k), mesh, 1),
-        v=_on_batch(put(1)(prompts.v, read.v), mesh, 1),
-        lengths=put(0)(prompts.lengths, read.lengths),
-        hidden=put(0)(prompts.hidden, read.hidden),
+        k=_on_batch(jax.tree.map(put, prompts.k, like(prompts.k, read.k, 3)), mesh, 1),
+        v=_on_batch(jax.tree.map(put, prompts.v, like(prompts.v, read.v, 4)), mesh, 1),
+        lengths=prompts.lengths.at[places].set(read.lengths),
+        hidden=prompts.hidden.at[places].set(read.hidden),
     )
 
 
@@ -237,13 +238,13 @@ def rearrange(
       seats: of the rows in their new slots.
       capacity: of their own keys and values; at least what it was.
     """
-    own, old = rows.own, rows.own.capacity
-    k, v, slot = own.k[:, source], own.v[:, source], own.slot
-    if capacity > old:  # The oldest first: then the next slot is the first of the new ones.
-        room = capacity - old
-        k = jnp.pad(jnp.roll(k, -slot, axis=4), [(0, 0)] * 4 + [(0, room)])
-        v = jnp.pad(jnp.roll(v, -slot, axis=3), [(0, 0)] * 3 + [(0, room), (0, 0)])
-        slot = jnp.full_like(slot, old)
+    own, room = rows.own, capacity - rows.own.capacity
+    k, v = jax.tree.map(lambda array: array[:, source], (own.k, own.v))
+    slot = own.slot
+    if room:  # The oldest first: then the next slot is the first of the new ones.
+        k = jax.tree.map(lambda array: _extended(array, slot, room, array.ndim - 1), k)
+        v = jax.tree.map(lambda array: _extended(array, slot, room, 3), v)
+        slot = jnp.full_like(slot, own.capacity)
     rows = Rows(
         *(array[source] for array in (rows.keys, rows.num_tokens, rows.max_tokens)),
         is_done=rows.is_done[source] | (source < 0),
@@ -253,11 +254,15 @@ def rearrange(
         seats=seats,
         own=Own(k, v, slot),
     )
-    prompts = Prompts(
-        prompts.k[:, prompt_source], prompts.v[:, prompt_source],
-        prompts.lengths[prompt_source], prompts.hidden[prompt_source],
-    )  # fmt: skip
+    k, v = jax.tree.map(lambda array: array[:, prompt_source], (prompts.k, prompts.v))
+    prompts = Prompts(k, v, prompts.lengths[prompt_source], prompts.hidden[prompt_source])
     return prompts, _spread(rows, mesh)
+
+
+def _extended(ring: Array, slot: Array, room: int, axis: int) -> Array:
+    widths = [(0, 0)] * ring.ndim
+    widths[axis] = (0, room)
+    return jnp.pad(jnp.roll(ring, -slot, axis=axis), widths)
 
 
 def num_compilations() -> int:

@@ -1,5 +1,7 @@
 """A model -> a GenerateFn: keeps slots filled with rows until all of them are done."""
 
+import dataclasses
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +17,7 @@ from alignjax.generate import decode
 from alignjax.generate.decode import NO_TOKEN, STEPS, Entry, Rows
 from alignjax.generate.limits import check, make_limits
 from alignjax.generate.schedule import MIN_SHRUNK, Ladder, Slots, bucket
-from alignjax.models import Model
+from alignjax.models import Model, lora
 from alignjax.models.decoding import Prompts, empty_own, empty_prompts
 from alignjax.models.kernels.decode import Seats
 from alignjax.sharding.mesh import BATCH_AXES
@@ -67,15 +69,24 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, *, mesh: jax.sharding.Mesh | None = None, max_rows: int = 1024
+        self,
+        model: Model,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        max_rows: int = 1024,
+        int8_kv: bool = False,
+        int8_weights: bool = False,
     ):
-        """Args: mesh: rows and prompts are split over its data and fsdp axes; max_rows: the most
-        rows computed at once, but at least one on each device."""
+        """See `make_generate`."""
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: expected at least 1")
-        self.model = model
+        self.model, self._quantize = model, None
+        if int8_weights and model.quantize is None:
+            self.model = dataclasses.replace(model, quantize="int8")
+            self._quantize = jax.jit(functools.partial(lora.quantize_base, self.model))
         self.mesh = mesh
         self.max_rows = max_rows
+        self.int8_kv = int8_kv
 
     def __call__(
         self,
@@ -110,6 +121,8 @@ class Engine:
                     f"{name} {values}: expected {len(prompts)} numbers of at least {least}, one "
                     "for each prompt"
                 )
+        if self._quantize is not None:  # Anew in each call: it samples from what was trained last.
+            params = self._quantize(params)
         call = _Call(self, params, prompts, lengths, sampling)
         return call.run(
             _row_keys(key, len(prompts), sampling.num_samples, seeds), limits, on_tokens
@@ -128,6 +141,7 @@ class _Call:
         sampling: Sampling,
     ):  # fmt: skip
         self._model, self._mesh, self._params = engine.model, engine.mesh, params
+        self._is_int8 = engine.int8_kv
         self._prompts, self._lengths, self._num_samples = prompts, lengths, sampling.num_samples
         self._limits = make_limits(sampling, engine.model.config.vocab_size)
         total = len(prompts) * sampling.num_samples
@@ -180,9 +194,10 @@ class _Call:
                 None if self._limits.penalty is None else jnp.zeros((num_rows, vocab_size), bool)
             ),
             seats=Seats(*map(jnp.asarray, slots.seating())),
-            own=empty_own(self._model, num_rows, ladder.first_capacity),
+            own=empty_own(self._model, num_rows, ladder.first_capacity, is_int8=self._is_int8),
         )
-        return empty_prompts(self._model, ladder.prompts, ladder.width), rows
+        places = ladder.prompts, ladder.width
+        return empty_prompts(self._model, *places, is_int8=self._is_int8), rows
 
     def _end(self, rows: Iterable[int]) -> None:
         """Frees the slots of rows, and takes those that wait off the queue."""
@@ -291,7 +306,22 @@ class _Call:
 
 
 def make_generate(
-    model: Model, *, mesh: jax.sharding.Mesh | None = None, max_rows: int = 1024
+    model: Model,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    max_rows: int = 1024,
+    int8_kv: bool = False,
+    int8_weights: bool = False,
 ) -> Engine:
-    """The engine for a model; see `Engine`."""
-    return Engine(model, mesh=mesh, max_rows=max_rows)
+    """The engine for a model.
+
+    Args:
+      mesh: rows and prompts are split over its data and fsdp axes.
+      max_rows: the most rows computed at once, but at least one on each device.
+      int8_kv: keys and values are kept as codes, each head of each token with a scale of its own;
+        for memory: each is within 1/254 of the largest of its head.
+      int8_weights: the kernels of the layers become codes in each call, whatever holds them
+        otherwise; adapters stay as they are. What is sampled is then of a slightly other model than
+        the one that is trained, and so are its log-probs.
+    """
+    return Engine(model, mesh=mesh, max_rows=max_rows, int8_kv=int8_kv, int8_weights=int8_weights)

@@ -18,6 +18,7 @@ from jax import Array
 from alignjax.models.attention import Sight
 from alignjax.models.kernels.decode import Part, Seats, decode_attention
 from alignjax.models.kernels.dispatch import layer_window
+from alignjax.models.kv import Stored, layer_of, like, loaded, quantized
 from alignjax.models.transformer import Model
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 class Prompts(NamedTuple):
     """What a model has read. Slots of prompts past their lengths mean nothing."""
 
-    k: Array
-    """[L, B, K, head_dim, P] compute dtype."""
-    v: Array
+    k: Stored
+    """[L, B, K, head_dim, P] compute dtype, or codes."""
+    v: Stored
     """[L, B, K, P, head_dim]."""
     lengths: Array
     """[B] int32."""
@@ -40,16 +41,16 @@ class Prompts(NamedTuple):
 class Own(NamedTuple):
     """Keys and values of what N rows have added to their prompts, the last C tokens at most."""
 
-    k: Array
-    """[L, N, K, head_dim, C] compute dtype."""
-    v: Array
+    k: Stored
+    """[L, N, K, head_dim, C] compute dtype, or codes."""
+    v: Stored
     """[L, N, K, C, head_dim]."""
     slot: Array
     """[] int32 below C: the slot that comes next."""
 
     @property
     def capacity(self) -> int:
-        return self.k.shape[-1]
+        return jax.tree.leaves(self.k)[0].shape[-1]
 
 
 class _New(NamedTuple):
@@ -66,27 +67,27 @@ class _New(NamedTuple):
         return _New(k, v), k, v
 
 
-def empty_prompts(model: Model, num: int, width: int) -> Prompts:
+def _empty(model: Model, num: int, length: int, *, is_int8: bool) -> tuple[Stored, Stored]:
+    """Keys and values of `num` texts of `length` tokens."""
+    c, dtype = model.config, jnp.dtype(model.compute_dtype)
+    shape = (c.num_layers, num, c.num_kv_heads)
+    k = jnp.zeros((*shape, c.head_dim, length), dtype)
+    v = jnp.zeros((*shape, length, c.head_dim), dtype)
+    return (quantized(k, 3), quantized(v, 4)) if is_int8 else (k, v)
+
+
+def empty_prompts(model: Model, num: int, width: int, *, is_int8: bool = False) -> Prompts:
     """Room for `num` prompts of up to `width` tokens."""
-    c, dtype = model.config, jnp.dtype(model.compute_dtype)
-    shape = (c.num_layers, num, c.num_kv_heads)
     return Prompts(
-        k=jnp.zeros((*shape, c.head_dim, width), dtype),
-        v=jnp.zeros((*shape, width, c.head_dim), dtype),
+        *_empty(model, num, width, is_int8=is_int8),
         lengths=jnp.ones(num, jnp.int32),
-        hidden=jnp.zeros((num, c.hidden_size), dtype),
+        hidden=jnp.zeros((num, model.config.hidden_size), model.compute_dtype),
     )
 
 
-def empty_own(model: Model, num: int, capacity: int) -> Own:
+def empty_own(model: Model, num: int, capacity: int, *, is_int8: bool = False) -> Own:
     """Room for `capacity` tokens of each of `num` rows."""
-    c, dtype = model.config, jnp.dtype(model.compute_dtype)
-    shape = (c.num_layers, num, c.num_kv_heads)
-    return Own(
-        k=jnp.zeros((*shape, c.head_dim, capacity), dtype),
-        v=jnp.zeros((*shape, capacity, c.head_dim), dtype),
-        slot=jnp.zeros((), jnp.int32),
-    )
+    return Own(*_empty(model, num, capacity, is_int8=is_int8), slot=jnp.zeros((), jnp.int32))
 
 
 def read_prompts(model: Model, params: Params, tokens: Array, lengths: Array) -> Prompts:
@@ -128,7 +129,7 @@ def read_tokens(
     slots = jnp.arange(own.capacity, dtype=jnp.int32)
     past = jnp.mod(own.slot - slots - 1, own.capacity) + 1  # so many steps ago it was written
     is_own = past <= num_before[:, None]
-    prompt_slots = jnp.arange(prompts.k.shape[-1], dtype=jnp.int32)
+    prompt_slots = jnp.arange(jax.tree.leaves(prompts.k)[0].shape[-1], dtype=jnp.int32)
     is_prompt = prompt_slots < prompts.lengths[:, None, None]
     ago = positions[seats.rows].reshape(num_prompts, num_each, 1) - prompt_slots
 
@@ -137,11 +138,13 @@ def read_tokens(
         is_seen, is_seen_prompt = is_own, is_prompt
         if window is not None:
             is_seen, is_seen_prompt = is_own & (past < window), is_prompt & (ago < window)
-        take = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+        part = lambda kv, mask: Part(  # noqa: E731
+            loaded(layer_of(kv.k, layer), 2), loaded(layer_of(kv.v, layer), 3), mask
+        )
         y = decode_attention(
             q[:, 0],
-            Part(take(prompts.k), take(prompts.v), is_seen_prompt),
-            Part(take(own.k), take(own.v), is_seen[:, None]),
+            part(prompts, is_seen_prompt),
+            part(own, is_seen[:, None]),
             Part(k, jnp.swapaxes(v, 2, 3), jnp.ones((tokens.shape[0], 1, 1), bool)),
             seats,
             scale=how["scale"],
@@ -162,11 +165,11 @@ def read_tokens(
 
     layers = (params["layers"], jnp.arange(model.config.num_layers))
     x, (k, v) = jax.lax.scan(run_layer, x, layers, unroll=2)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=own.slot)
+    new_k, new_v = like(own.k, k, 3), like(own.v, jnp.swapaxes(v, 3, 4), 4)
     own = Own(
-        k=jax.lax.dynamic_update_slice(own.k, k.astype(own.k.dtype), (0, 0, 0, 0, own.slot)),
-        v=jax.lax.dynamic_update_slice(
-            own.v, jnp.swapaxes(v, 3, 4).astype(own.v.dtype), (0, 0, 0, own.slot, 0)
-        ),
+        k=jax.tree.map(functools.partial(put, axis=-1), own.k, new_k),
+        v=jax.tree.map(functools.partial(put, axis=3), own.v, new_v),
         slot=jnp.mod(own.slot + 1, own.capacity),
     )
     return ends.norm(x)[:, 0], own

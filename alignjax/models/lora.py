@@ -230,6 +230,12 @@ def quantize(model: Model, params: Params) -> dict[str, Any]:
     return plain(model).map_layers(params, change)
 
 
+def quantize_base(model: Model, params: Params) -> dict[str, Any]:
+    """As `quantize`, of parameters that may have adapters, which stay."""
+    adapters, frozen = split(params)
+    return combine(quantize(model, frozen), adapters)
+
+
 def base(model: Model) -> Model:
     """The model without its adapters, as what `split` leaves is for."""
     return dataclasses.replace(model, lora=None)

@@ -1,5 +1,7 @@
 """What shapes a completion beside temperature: by the model without a cache and NumPy alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from alignjax.core.types import ABORTED, LENGTH, STOP, Sampling
 from alignjax.generate import make_generate
-from alignjax.models import Model, ModelConfig
+from alignjax.models import Model, ModelConfig, lora
+from alignjax.models.lora import LoraConfig
 
 VOCAB, WIDTH = 11, 32
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (6, 8)).astype(np.int32)
@@ -160,3 +163,50 @@ def test_options_that_make_no_sense_are_refused(sample, change, message):
 def test_numbers_that_are_not_one_for_each_prompt_are_refused(sample, how):
     with pytest.raises(ValueError, match="one for each prompt"):
         sample(Sampling(max_tokens=20), **how)
+
+
+def recorded_and_expected(out, model, params, temperature=1.0):
+    """Log-probs [12, 20] as recorded, and of a model without a cache."""
+    rows = np.zeros((12, WIDTH), np.int32)
+    for row in range(12):
+        start = LENGTHS[row // 2]
+        rows[row, : start + 20] = [*TOKENS[row // 2][:start], *out.tokens[row]]
+    positions = jnp.broadcast_to(jnp.arange(WIDTH), rows.shape)
+    hidden, _ = jax.jit(model.apply)(params, rows, jnp.ones_like(rows), positions)
+    logps = np.asarray(jax.nn.log_softmax(model.logits(params, hidden) / temperature))
+    at = np.repeat(LENGTHS, 2)[:, None] - 1 + np.arange(20)
+    return out.logps, logps[np.arange(12)[:, None], at, out.tokens]
+
+
+def test_keys_and_values_as_codes_change_log_probs_a_little(policy):
+    engine = make_generate(policy[0], int8_kv=True)
+    out = engine(policy[1], TOKENS, LENGTHS, KEY, Sampling(max_tokens=20, num_samples=2))
+    recorded, expected = recorded_and_expected(out, *policy)
+    assert 1e-4 < np.abs(recorded - expected).max() < 0.1
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_weights_as_codes_are_those_of_the_last_update(policy, adapted):
+    """Rollouts are of the parameters of the call, adapters included, never of those before."""
+    model, params = policy
+    if adapted:
+        model = dataclasses.replace(model, lora=LoraConfig(rank=2))
+        params = lora.combine(params, lora.init(model, params, jax.random.PRNGKey(1)))
+    coded = dataclasses.replace(model, quantize="int8")
+    quantize = jax.jit(lora.quantize_base, static_argnums=0)
+    engine = make_generate(model, int8_weights=True)
+    for change in (1.0, 1.5):
+        # An update of the adapters where there are some, else of the weights.
+        params = jax.tree.map_with_path(
+            lambda path, x, c=change: (
+                x * c + (c - 1) * ("lora" in str(path)) / 8
+                if not adapted or "lora" in str(path)
+                else x
+            ),
+            params,
+        )
+        out = engine(params, TOKENS, LENGTHS, KEY, Sampling(max_tokens=20, num_samples=2))
+        recorded, expected = recorded_and_expected(out, coded, quantize(coded, params))
+        np.testing.assert_allclose(recorded, expected, atol=2e-5)
+        _, plain = recorded_and_expected(out, model, params)
+        assert 1e-4 < np.abs(recorded - plain).max() < 0.5
