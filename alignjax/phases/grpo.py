@@ -64,7 +64,7 @@ def grpo_loss(
         "clip_ratio/low_mean": losses.token_mean(surrogate.is_low.astype(jnp.float32), mask),
         "clip_ratio/high_mean": losses.token_mean(surrogate.is_high.astype(jnp.float32), mask),
         "clip_ratio/region_mean": losses.token_mean(surrogate.is_clipped.astype(jnp.float32), mask),
-        **sampler_metrics(out.logps, old_logps, mask),
+        **sampler_metrics(out.logps, batch.get("sampler_logps", old_logps), mask),
     }
     if found.kl is not None:
         metrics["kl"] = losses.token_mean(found.kl, mask)
@@ -108,6 +108,7 @@ class Grpo:
 
         self._step = make_step(loss, self._optimizer, self._policy.frozen)
         self._ref_logps = make_logps(reference, mesh, temperature=rollout.temperature)
+        self._logps = make_logps(model, mesh, temperature=rollout.temperature)
 
     # --- init -----------------------------------------------------------------------------------
 
@@ -256,6 +257,9 @@ class Grpo:
             if not len(chosen):
                 continue
             batch = put_batch(self._rows.pack([sequences[i] for i in chosen]), self._mesh, 1)
+            if algorithm.old_logps == "trainer":
+                batch["sampler_logps"] = batch["old_logps"]
+                batch["old_logps"] = self._logps(self._policy.whole(state.params), batch)
             if algorithm.kl_coef > 0 and not algorithm.kl_in_reward:
                 batch["ref_logps"] = self._ref_logps(self._ref(state), batch)
             batches.append(batch)

@@ -57,6 +57,10 @@ class AlgorithmConfig(Config):
     """Passes over the rollouts of an iteration."""
     num_minibatches: int = Field(1, ge=1)
     """Parts that rollouts are split into, with one optimizer update each."""
+    old_logps: Literal["sampler", "trainer"] = "sampler"
+    """What ratios are taken against: the log-probs recorded while sampling, which cost nothing and
+    are those that was sampled from; or those of a forward pass before the first update, for a
+    sampler that computes with fewer bits than the trainer."""
     dynamic_sampling: bool = False
     """Leave out groups whose rewards are all equal, and sample other prompts instead."""
     max_rounds: int = Field(4, ge=1)
@@ -155,6 +159,10 @@ class RolloutConfig(Config):
     they were sampled from: how far those of training are from them is logged."""
     int8_weights: bool = False
     """Samples from the kernels of the layers as int8 codes, made anew in each iteration."""
+    score_early: bool = False
+    """Score completions while others are still being sampled; the scores are the same. It pays
+    where reward functions take long. Not with models or judges, which would share the devices or
+    compare samples."""
 
     @field_validator("group_size")
     @classmethod
@@ -197,6 +205,10 @@ class RlConfig(PhaseConfig):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig
     evaluation: EvalConfig = EvalConfig()
+    deterministic: bool = False
+    """Sample by the very computation of a training step, a whole pass for each token, so that both
+    have the same log-probs to the last bit: on one device of a CPU, in float32. Slow, to look for
+    faults; each completion then has a row of its own."""
 
     @model_validator(mode="after")
     def _samples_what_it_trains(self) -> Self:
@@ -204,6 +216,22 @@ class RlConfig(PhaseConfig):
             raise ValueError(
                 f"model.lora.dropout={self.model.lora.dropout} would train another policy than the "
                 "one that samples, which drops nothing; set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _may_score_early(self) -> Self:
+        rewards = self.rewards
+        if not self.rollout.score_early:
+            return self
+        if self.deterministic:
+            raise ValueError(
+                "deterministic samples all tokens first: set rollout.score_early: false"
+            )
+        if rewards is None or rewards.models or rewards.judges or not rewards.functions:
+            raise ValueError(
+                "rollout.score_early is for reward functions alone (rewards.functions): leave it "
+                "out, or models and judges"
             )
         return self
 
@@ -252,6 +280,8 @@ class GrpoConfig(RlConfig):
     def num_sharing(self) -> int:
         """`data.num_sharing` as a number, at most a group."""
         limits, asked = self.rollout, self.data.num_sharing
+        if self.deterministic:
+            return 1
         if asked == "auto":
             return limits.group_size if limits.max_prompt_tokens >= limits.max_tokens else 1
         return min(asked, limits.group_size)

@@ -81,6 +81,7 @@ class Ppo:
         reference = self._policy.reference_model if is_base else model
         self._ref_sampler = self._sampler.of(reference, mesh) if is_base else self._sampler
         self._ref_logps = make_logps(reference, mesh, temperature=temperature)
+        self._logps = make_logps(model, mesh, temperature=temperature)
         self._best_of_n: dict[str, float] | None = None
 
         def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
@@ -179,6 +180,11 @@ class Ppo:
         packed = self._rows.pack(numbered(sequences, scores), self._config.num_minibatches)
         index = packed.pop("index")
         batch = put_batch(packed, self._mesh, 1)
+        own: dict[str, np.ndarray] = {}
+        if self._config.algorithm.old_logps == "trainer":
+            batch["sampler_logps"] = batch["old_logps"]
+            batch["old_logps"] = self._logps(params["policy"], batch)
+            own = {name: np.asarray(batch[name]) for name in ("old_logps", "sampler_logps")}
         ref_logps, old_values = self._ref_logps(self._ref, batch), self._values(params, batch)
         flat = [
             x.reshape(-1, x.shape[-1])
@@ -186,7 +192,7 @@ class Ppo:
                       batch["segment_ids"])
         ]  # fmt: skip
         found = jax.device_get(self._experience(*flat, kl_coef))
-        arrays = {**found._asdict(), "old_values": np.asarray(old_values)}
+        arrays = {**found._asdict(), "old_values": np.asarray(old_values), **own}
         by_sequence = split(arrays, packed, index)
         kl = by_sequence.pop("kl")
         for name, parts in by_sequence.items():

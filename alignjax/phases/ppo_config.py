@@ -37,6 +37,10 @@ class PpoAlgorithm(Config):
     """Passes over the rollouts of an iteration, each in another order."""
     num_minibatches: int = Field(1, ge=1)
     """Parts that rollouts are split into, with one optimizer update each."""
+    old_logps: Literal["sampler", "trainer"] = "sampler"
+    """What ratios and the KL are taken from: the log-probs recorded while sampling, which cost
+    nothing and are those that was sampled from; or those of a forward pass before the first update,
+    for a sampler that computes with fewer bits than the trainer."""
     whiten_advantages: bool = True
     """Over all tokens of the iteration."""
     whiten_rewards: bool = False

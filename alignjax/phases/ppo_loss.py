@@ -120,7 +120,7 @@ def ppo_loss(
         "loss/value_avg": value_mean,
         "val/clipfrac_avg": losses.token_mean(_float(value.is_clipped), mask),
         "val/ratio": losses.token_mean(capped_exp(log_ratio), mask),
-        **sampler_metrics(out.logps, old_logps, mask),
+        **sampler_metrics(out.logps, batch.get("sampler_logps", old_logps), mask),
     }
     if texts is not None:
         of_texts = batch["mask"] & (texts > 0)

@@ -27,6 +27,7 @@ from alignjax.data import (
     shared_row_len,
 )
 from alignjax.generate import make_generate
+from alignjax.generate.exact import make_exact_generate
 from alignjax.losses import token_mean
 from alignjax.losses.ratio import capped_exp, token_log_ratio
 from alignjax.models import Model
@@ -34,6 +35,7 @@ from alignjax.phases.common import Policy, checked_rows, score_tokens
 from alignjax.phases.grpo_config import RlConfig
 from alignjax.phases.scoring import Rewards
 from alignjax.rewards.combine import too_many_failures
+from alignjax.rewards.overlap import overlapped_rollout
 from alignjax.rewards.rollout import Rollouts, Task, no_scores, rollout
 from alignjax.sharding import batch_shards
 from alignjax.text import stop_ids
@@ -118,7 +120,8 @@ class Sampler:
           params: all that the policy computes with (`Policy.whole`).
         """
         tasks = [Task(p.tokens, p.example.reference, p.example.fields) for p in prompts]
-        return rollout(
+        roll: Any = overlapped_rollout if self._config.rollout.score_early else rollout
+        return roll(
             self._generate, self.rewards, self._policy.tokenizer, params, tasks, key, sampling,
             prompt_len=self._config.rollout.max_prompt_tokens,
         )  # fmt: skip
@@ -130,7 +133,14 @@ class Sampler:
         return other
 
     def _engine(self, model: Model, mesh: Mesh) -> GenerateFn:
-        limits = self._config.rollout
+        config, limits = self._config, self._config.rollout
+        if config.deterministic:
+            return make_exact_generate(
+                model,
+                mesh,
+                num_rows=config.rows_per_update // config.data.micro_batches,
+                row_len=limits.max_prompt_tokens + limits.max_tokens,
+            )
         return make_generate(
             model, mesh=mesh, max_rows=limits.max_rows,
             int8_kv=limits.int8_kv, int8_weights=limits.int8_weights,
@@ -176,7 +186,8 @@ class Rows:
         """Raises: UserError: if the rows do not divide over the devices."""
         checked_rows(config.rows_per_update // config.data.micro_batches, mesh)
         row_len = config.rollout.max_prompt_tokens + config.rollout.max_tokens
-        return cls(config.rows_per_update, config.data.micro_batches, row_len, config.data.packed)
+        packed = config.data.packed and not config.deterministic
+        return cls(config.rows_per_update, config.data.micro_batches, row_len, packed)
 
     @classmethod
     def sharing(cls, config: RlConfig, mesh: Mesh, num_sharing: int) -> "Rows":

@@ -149,30 +149,43 @@ def rollout(
       sampling: `num_samples` is G.
       prompt_len: width that prompts are padded to; a fixed one avoids recompilation.
     """
+    prompts, lengths = padded(tasks, prompt_len)
+    out = generate(params, prompts, lengths, key, sampling)
+    texts = [tokenizer.decode(task.tokens) for task in tasks]
+    samples = [
+        sample_of(
+            tasks[i // sampling.num_samples], texts[i // sampling.num_samples], ids[:length],
+            tokenizer, is_truncated=bool(reason == LENGTH),
+        )
+        for i, (ids, length, reason) in enumerate(
+            zip(out.tokens, out.lengths, out.finish_reasons, strict=True)
+        )
+    ]  # fmt: skip
+    return Rollouts(tasks, out, samples, score(samples))
+
+
+def padded(tasks: Sequence[Task], prompt_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts [N, prompt_len] int32, padded on the right, and their lengths [N] int32."""
     prompts = np.zeros((len(tasks), prompt_len), np.int32)
-    lengths = np.array([len(task.tokens) for task in tasks], np.int32)
     for row, task in zip(prompts, tasks, strict=True):
         row[: len(task.tokens)] = task.tokens
-    out = generate(params, prompts, lengths, key, sampling)
-    prompt_texts = [tokenizer.decode(task.tokens) for task in tasks]
-    samples = []
-    for i, (ids, length, reason) in enumerate(
-        zip(out.tokens, out.lengths, out.finish_reasons, strict=True)
-    ):
-        task = tasks[i // sampling.num_samples]
-        samples.append(
-            Sample(
-                prompt=prompt_texts[i // sampling.num_samples],
-                completion=tokenizer.decode(ids[:length]),
-                reference=task.reference,
-                fields=task.fields or {},
-                num_tokens=int(length),
-                is_truncated=bool(reason == LENGTH),
-                prompt_ids=task.tokens,
-                completion_ids=ids[:length],
-            )
-        )
-    return Rollouts(tasks, out, samples, score(samples))
+    return prompts, np.array([len(task.tokens) for task in tasks], np.int32)
+
+
+def sample_of(
+    task: Task, prompt: str, ids: np.ndarray, tokenizer: Tokenizer, *, is_truncated: bool
+) -> Sample:
+    """A completion [length] int32 of a task, whose prompt reads `prompt`, as rewards see it."""
+    return Sample(
+        prompt=prompt,
+        completion=tokenizer.decode(ids),
+        reference=task.reference,
+        fields=task.fields or {},
+        num_tokens=len(ids),
+        is_truncated=is_truncated,
+        prompt_ids=task.tokens,
+        completion_ids=ids,
+    )
 
 
 def _as_json(value: Any) -> Any:

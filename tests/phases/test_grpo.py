@@ -629,7 +629,8 @@ COMMON = {
     "reduction": "token_mean", "clip_low": 0.2, "clip_high": 0.2, "dual": None, "tau_pos": None,
     "tau_neg": None, "kl_coef": 0.0, "kl_in_reward": False, "kl_estimator": "k3",
     "reference_every": 0, "num_updates": 1,
-    "num_minibatches": 1, "dynamic_sampling": False, "max_rounds": 4, "overlong_frac": 0.0,
+    "num_minibatches": 1, "old_logps": "sampler", "dynamic_sampling": False, "max_rounds": 4,
+    "overlong_frac": 0.0,
 }  # fmt: skip
 NO_CLIP = {"clip_low": None, "clip_high": None}
 PAPERS = {
@@ -902,6 +903,22 @@ def test_completions_beside_one_prompt_have_the_loss_and_gradient_that_each_has_
     if preset == "gspo":
         (other, _), _ = of(params, {**shared, "sequence_ids": shared["segment_ids"]})
         assert abs(float(other) - float(total)) > 1e-4
+
+
+def test_ratios_may_be_taken_against_the_trainer(make):
+    """The made-up log-probs of the sampler are then metrics alone."""
+    phase = make([MIXED] * 4, algorithm={"old_logps": "trainer"})
+    state, collected = phase.collect(phase.init(jax.random.PRNGKey(5)), phase.records())
+    (batch,) = collected.batches
+    before = jax.device_get(batch)
+    _, metrics = phase.step(state, batch)
+    assert float(metrics["clip_ratio/region_mean"]) == 0 and abs(float(metrics["loss"])) < 1e-5
+    assert float(metrics["sampling/sampling_logp_difference/mean"]) > 0.5
+    on = before["mask"]
+    difference = np.abs(before["old_logps"] - before["sampler_logps"])[on]
+    assert float(metrics["sampling/sampling_logp_difference/mean"]) == pytest.approx(
+        difference.mean(), rel=1e-4
+    )
 
 
 def test_rows_hold_every_split_of_groups_over_minibatches(make):

@@ -367,6 +367,22 @@ def test_epochs_see_each_completion_once_in_other_orders(make):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(list(again)), batches)
 
 
+def test_ratios_may_be_taken_against_the_trainer(make):
+    """The made-up log-probs of the sampler are then metrics alone."""
+    phase = make(algorithm={"old_logps": "trainer", "num_epochs": 1}, data={"micro_batches": 1})
+    state, collected = phase.collect(phase.init(jax.random.PRNGKey(0)), phase.records())
+    (batch,) = collected.batches
+    before = jax.device_get(batch)
+    _, metrics = phase.step(state, batch)
+    assert float(metrics["policy/approxkl_avg"]) < 1e-9
+    on = before["mask"]
+    difference = np.abs(before["old_logps"] - before["sampler_logps"])[on].mean()
+    assert difference > 0.1
+    assert float(metrics["sampling/sampling_logp_difference/mean"]) == pytest.approx(
+        difference, rel=1e-4
+    )
+
+
 @pytest.mark.parametrize("control", ["fixed", "adaptive", "target"])
 def test_the_coefficient_follows_the_kl_of_the_iteration(make, control):
     more = {} if control == "fixed" else {"kl_target": 0.01, "kl_horizon": 70}
