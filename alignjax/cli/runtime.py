@@ -52,8 +52,6 @@ def prepare() -> None:
     """To be called by a verb before it uses JAX."""
     import jax
 
-    join_processes()
-
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if cache is None:
         root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()

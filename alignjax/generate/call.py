@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -18,6 +17,7 @@ from alignjax.generate.schedule import MIN_SHRUNK, Ladder, Slots
 from alignjax.models import Model
 from alignjax.models.decoding import Prompts, empty_own, empty_prompts
 from alignjax.models.kernels.decode import Seats
+from alignjax.sharding import fetch
 
 _LOOK = 8
 """Tokens of a row between two looks, where someone watches."""
@@ -178,7 +178,7 @@ class Call:
     def _collect(self, tokens: Array, logps: Array) -> None:
         """Takes over what the rows have got since the last look, and frees those that are done."""
         slots, rows = self._slots, self._rows
-        tokens, logps, counts, is_done, is_stopped = jax.device_get(
+        tokens, logps, counts, is_done, is_stopped = fetch(
             (tokens, logps, rows.num_tokens, rows.is_done, rows.is_stopped)
         )
         done = []

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from alignjax.core.errors import UserError
 from alignjax.core.precision import compute_dtype
+from alignjax.core.processes import is_first
 from alignjax.core.types import Params
 from alignjax.models import ScalarModel, load, load_reward, lora, save_reward, save_value_head
 from alignjax.models.heads import read_scalar, value_head
@@ -129,8 +130,9 @@ class SeparateCritic:
             ids = self._policy.token_ids
             save_reward(temporary, self._model, params, extra_config=ids)
             known = {"mean": self._offset, "std": 1.0}
-            (temporary / MOMENTS).write_text(json.dumps(known) + "\n", encoding="utf-8")
-            self._policy.tokenizer.save(str(temporary))
+            if is_first():
+                (temporary / MOMENTS).write_text(json.dumps(known) + "\n", encoding="utf-8")
+                self._policy.tokenizer.save(str(temporary))
 
 
 class SharedCritic:

@@ -27,7 +27,7 @@ from alignjax.phases.rollouts import (
     shown_first,
 )
 from alignjax.rewards.rollout import Rollouts
-from alignjax.sharding import batch_shards, copied, put_batch
+from alignjax.sharding import batch_shards, copied, fetch, put_batch
 from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import make_optimizer
 from alignjax.train.state import TrainState, create_state
@@ -73,6 +73,8 @@ def grpo_loss(
 
 class Grpo:
     """Implements `train.loop.Phase`."""
+
+    runs_in_processes = True
 
     # Not the loss, which is about 0 on policy and says nothing (docs/metrics.md).
     shown = (
@@ -235,7 +237,7 @@ class Grpo:
             for x in (batch["old_logps"], self._ref_logps(self._ref(state), batch), batch["mask"])
         )
         estimator = losses.KL_ESTIMATORS[config.algorithm.kl_estimator]
-        kl = np.asarray(estimator(old, old, ref, mask)).reshape(-1)
+        kl = fetch(estimator(old, old, ref, mask)).reshape(-1)
         return np.bincount(owners, kl, minlength=len(sequences)).astype(np.float32)
 
     def _ref(self, state: TrainState) -> Params:

@@ -42,7 +42,7 @@ from alignjax.phases.rollouts import (
     shown_first,
 )
 from alignjax.rewards.rollout import Rollouts
-from alignjax.sharding import batch_shards, copied, put_batch
+from alignjax.sharding import batch_shards, copied, fetch, put_batch
 from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import make_optimizer
 from alignjax.train.state import TrainState, create_state
@@ -52,6 +52,8 @@ from alignjax.train.step import Batch, Metrics, make_step, over_micro_batches
 class Ppo:
     """Implements `train.loop.Phase`. The params of a state are {"policy": ..., and the critic's
     under the name of its kind}."""
+
+    runs_in_processes = True
 
     shown = (
         "reward", "objective/kl", "completions/mean_length", "val/explained_variance",
@@ -184,15 +186,15 @@ class Ppo:
         if self._config.algorithm.old_logps == "trainer":
             batch["sampler_logps"] = batch["old_logps"]
             batch["old_logps"] = self._logps(params["policy"], batch)
-            own = {name: np.asarray(batch[name]) for name in ("old_logps", "sampler_logps")}
+            own = fetch({name: batch[name] for name in ("old_logps", "sampler_logps")})
         ref_logps, old_values = self._ref_logps(self._ref, batch), self._values(params, batch)
         flat = [
             x.reshape(-1, x.shape[-1])
             for x in (batch["old_logps"], ref_logps, old_values, batch["scores"], batch["mask"],
                       batch["segment_ids"])
         ]  # fmt: skip
-        found = jax.device_get(self._experience(*flat, kl_coef))
-        arrays = {**found._asdict(), "old_values": np.asarray(old_values), **own}
+        found = fetch(self._experience(*flat, kl_coef))
+        arrays = {**found._asdict(), "old_values": fetch(old_values), **own}
         by_sequence = split(arrays, packed, index)
         kl = by_sequence.pop("kl")
         for name, parts in by_sequence.items():
@@ -273,7 +275,7 @@ class Ppo:
         sequences = [sequence(rollouts, i) for i in range(len(rollouts.samples))]
         num_updates = -(-len(sequences) // self._rows.num_rows)
         packed = self._rows.pack(sequences, num_updates)
-        ref_logps = np.asarray(self._ref_logps(self._ref, put_batch(packed, self._mesh, 1)))
+        ref_logps = fetch(self._ref_logps(self._ref, put_batch(packed, self._mesh, 1)))
         difference = np.where(packed["mask"], packed["old_logps"] - ref_logps, 0.0)
         return float(difference.sum(dtype=np.float64) / len(sequences))
 

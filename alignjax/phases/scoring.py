@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from alignjax.core.errors import UserError
 from alignjax.core.hub import resolve
 from alignjax.core.precision import compute_dtype
+from alignjax.core.processes import gather
 from alignjax.core.types import Sample, Score
 from alignjax.data import pack
 from alignjax.models import load_reward
@@ -21,7 +22,7 @@ from alignjax.phases.judge_reward import JudgeReward
 from alignjax.rewards.combine import RewardConfig, RewardModelConfig, add_models, names_for
 from alignjax.rewards.plain import short
 from alignjax.rewards.pool import RewardPool
-from alignjax.sharding import batch_shards, put_batch
+from alignjax.sharding import batch_shards, fetch, put_batch
 from alignjax.text import HFTokenizer, load_tokenizer
 
 MOMENTS = "reward.json"
@@ -56,6 +57,8 @@ class Rewards:
           UserError: if a function, model or judge cannot be loaded, a model has another tokenizer,
             or a context of fewer than `max_tokens`.
         """
+        if config.judges and jax.process_count() > 1:
+            raise UserError("rewards.judges: judges answer in one process so far: use one host")
         self.config = config
         self._models = {
             name: RewardModel(name, model, tokenizer, mesh) for name, model in config.models.items()
@@ -78,7 +81,7 @@ class Rewards:
 
     def __call__(self, samples: Sequence[Sample]) -> list[Score]:
         """One score for each sample, in order. A sample that gets no reward at all has failed."""
-        scores = [Score(0.0)] * len(samples) if self._pool is None else self._pool(samples)
+        scores = [Score(0.0)] * len(samples) if self._pool is None else self._of_functions(samples)
         names: list[list[str]] = []
         for i, sample in enumerate(samples):
             try:
@@ -98,6 +101,17 @@ class Rewards:
             add_models(self.config, score, found)
             for score, found in zip(scores, by_model, strict=True)
         ]
+
+    def _of_functions(self, samples: Sequence[Sample]) -> list[Score]:
+        """Of several processes each asks for its part of the samples, and gets the others' told."""
+        assert self._pool is not None
+        first, number = jax.process_index(), jax.process_count()
+        own = self._pool(samples[first::number])
+        told = gather([(score.value, dict(score.parts), score.error) for score in own])
+        scores = [Score(0.0)] * len(samples)
+        for process, found in enumerate(told):
+            scores[process::number] = [Score(*one) for one in found]
+        return scores
 
     def close(self) -> None:
         for judge in self._judges.values():
@@ -196,7 +210,7 @@ class RewardModel:
             )
             following = np.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
             is_last = (segment_ids > 0) & (segment_ids != following)
-            scores[index[is_last]] = np.asarray(values)[is_last]
+            scores[index[is_last]] = fetch(values)[is_last]
             done += num_used
         return scores
 

@@ -41,10 +41,21 @@ def folder(tmp_path_factory):
     texts = {"train": "world/corpus.jsonl", "eval": "world/corpus.jsonl",
              "text": {"fields": {"completion": "text"}}, "row_len": 128, "rows": 8}  # fmt: skip
     ranked = {"train": "rankings.jsonl", "eval": "rankings.jsonl", "row_len": 64, "num_prompts": 8}
+    (folder / "lengths.py").write_text("def score(completion):\n    return len(completion) / 10\n")
+    fields = {"prompt": "prompt", "reference": "reference"}
+    rl = {
+        "data": {"train": "world/train.jsonl", "eval": "world/test.jsonl",
+                 "text": {"fields": fields}},
+        "rewards": {"functions": {"length": {"function": "lengths.py:score"}}},
+        "evaluation": {"num_problems": 4},
+    }  # fmt: skip
+    rollout = {"num_prompts": 8, "max_prompt_tokens": 20, "max_tokens": 16}
     phases = {
         "sft": {"data": texts},
         "reward": {"data": ranked},
         "preference": {"data": ranked, "losses": {"dpo": {}}, "cache_dir": "cache"},
+        "grpo": {**rl, "rollout": rollout | {"group_size": 4}, "algorithm": {"kl_coef": 0.05}},
+        "ppo": {**rl, "rollout": rollout},
     }
     for phase, values in phases.items():
         tree = {"phase": phase, "name": f"{phase}_1", **common, **values}
@@ -74,7 +85,7 @@ class Run:
             for i, log in enumerate(self.logs)
         ]  # fmt: skip
 
-    def wait(self, seconds=240):
+    def wait(self, seconds=400):
         """The exit codes."""
         until = time.monotonic() + seconds
         try:
@@ -84,7 +95,7 @@ class Run:
                 p.kill()
 
     def wait_for_step(self, metrics, step):
-        until = time.monotonic() + 240
+        until = time.monotonic() + 400
         while time.monotonic() < until:
             if metrics.exists() and f'"step": {step},' in metrics.read_text():
                 return
@@ -110,7 +121,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["sft", "reward", "preference"])
+@pytest.mark.parametrize("phase", ["sft", "reward", "preference", "grpo", "ppo"])
 def test_two_processes_train_as_one(folder, phase):
     for number in (1, 2):
         run = Run(folder, number, phase, f"name={phase}_{number}")
