@@ -53,7 +53,7 @@ Rows = dict[str, np.ndarray]
 
 
 def batches(task: str, vocab: int) -> dict[str, Rows]:
-    """Rows [1, R, T] of each variant of a task."""
+    """Rows [M, R, T] of each variant of a task: 4 micro-batches of rollouts, if there are rows."""
     rng = np.random.default_rng(0)
 
     def ids(n: int) -> np.ndarray:
@@ -91,7 +91,13 @@ def batches(task: str, vocab: int) -> dict[str, Rows]:
         row_len = shared_row_len(prompt_len, length, group)
         shared = pack(share_prompts(apart, group), num_rows=num, row_len=row_len)[0]
         found["shared"] = {**shared, "sequence_ids": sequence_ids(shared)}
-    return {name: {k: v[None] for k, v in rows.items()} for name, rows in found.items()}
+    most = 4 if task in GROUPS else 1
+
+    def split(rows: Rows) -> Rows:
+        parts = min(most, len(rows["mask"]))
+        return {k: v.reshape(parts, len(v) // parts, *v.shape[1:]) for k, v in rows.items()}
+
+    return {name: split(rows) for name, rows in found.items()}
 
 
 def flops(task: str, shape: dict[str, int]) -> float:
@@ -167,7 +173,7 @@ def measure(task: str, name: str, dtype: str, repeats: int) -> dict[str, Any]:
     }
     needed, found = flops(task, shape), {}
     for update, _ in variants.values():
-        clocked(update), clocked(update)
+        clocked(update)
     clocked(lambda: multiply(square))
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
     peaks = []
