@@ -32,7 +32,8 @@ def sample_responses(args: argparse.Namespace, path: Path) -> None:
     from alignjax.web.tasks import read_prompts
 
     names = ("model", "num_responses", "chat", "max_tokens", "temperature", "top_p", "top_k",
-             "stop", "seed")  # fmt: skip
+             "min_p", "repetition_penalty", "stop", "stop_sequence", "ban", "prefix", "int8_kv",
+             "int8_weights", "seed")  # fmt: skip
     how = {name: getattr(args, name) for name in names}
     if path.suffix != ".jsonl":
         raise UserError(f"--responses {path}: expected a name that ends in .jsonl, with --model")

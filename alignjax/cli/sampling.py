@@ -32,12 +32,34 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     parser.add_argument("--top-p", type=float, default=1.0, help="in (0, 1] (default: 1)")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0,
+        help="leave out what is less likely than this share of the most likely (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X",
+        help="above 1 against tokens of the prompt and of what was said (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--stop", action="append", default=[], metavar="TOKEN", help="besides EOS")
+    parser.add_argument(
+        "--stop-sequence", action="append", default=[], metavar="TEXT",
+        help="ends a completion too: several tokens, as the tokenizer cuts them after other text",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ban", action="append", default=[], metavar="TOKEN", help="never sampled (repeatable)"
+    )
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="starts each completion")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of the matrix products (default: bfloat16 on TPU and GPU, float32 on CPU)",
     )  # fmt: skip
+    parser.add_argument(
+        "--int8-kv", action="store_true", help="keys and values as codes, to save memory"
+    )
+    parser.add_argument(
+        "--int8-weights", action="store_true", help="kernels as codes, to save memory"
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -49,6 +71,8 @@ def check(args: argparse.Namespace) -> None:
         ("temperature", 0 <= args.temperature < float("inf"), "at least 0"),
         ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
         ("top_k", args.top_k >= 0, "at least 0"),
+        ("min_p", 0 <= args.min_p <= 1, "from 0 to 1"),
+        ("repetition_penalty", 0 < args.repetition_penalty < float("inf"), "above 0"),
     ):
         if not is_good:
             flag = f"--{name.replace('_', '-')}"
@@ -76,8 +100,25 @@ class Sampler:
         model, self._params = load(path, mesh=mesh, compute_dtype=self._dtype)
         check_fits(self.tokenizer, model.config.vocab_size, path)
         self.context = model.config.max_position_embeddings
-        self._generate = make_generate(model, mesh=mesh)
+        self._generate = make_generate(
+            model, mesh=mesh, int8_kv=args.int8_kv, int8_weights=args.int8_weights
+        )
         self._stop = stop_ids(self.tokenizer, args.stop, load_eos_ids(path))
+
+    def _ids(self, text: str) -> list[int]:
+        """Of a text that comes after another."""
+        return self.tokenizer.encode(text, [-1])
+
+    def _banned(self) -> tuple[int, ...]:
+        from alignjax.core.errors import UserError
+
+        ids = [self._ids(token) for token in self._args.ban]
+        for token, pieces in zip(self._args.ban, ids, strict=True):
+            if len(pieces) != 1:
+                raise UserError(
+                    f"--ban {token!r}: {len(pieces)} tokens in this vocabulary; expected one"
+                )
+        return tuple(pieces[0] for pieces in ids)
 
     def max_tokens(self, longest: int) -> int:
         """The limit on tokens of a completion, of prompts of at most `longest` tokens."""
@@ -116,7 +157,12 @@ class Sampler:
             top_k=args.top_k,
             top_p=args.top_p,
             max_tokens=max_tokens,
+            min_p=args.min_p,
             stop_tokens=self._stop,
+            stop_sequences=tuple(tuple(self._ids(text)) for text in args.stop_sequence),
+            repetition_penalty=args.repetition_penalty,
+            banned_tokens=self._banned(),
+            forced_tokens=tuple(self._ids(args.prefix)),
             num_samples=num_samples,
         )
         key = jax.random.PRNGKey(args.seed)

@@ -158,6 +158,11 @@ class RolloutConfig(Config):
     """Score completions while others are still being sampled; the scores are the same. It pays
     where reward functions take long. Not with models or judges, which would share the devices or
     compare samples."""
+    int8_kv: bool = False
+    """Keeps keys and values of rollouts as int8 codes, to save memory. Log-probs are recorded as
+    they were sampled from: how far those of training are from them is logged."""
+    int8_weights: bool = False
+    """Samples from the kernels of the layers as int8 codes, made anew in each iteration."""
 
     @field_validator("group_size")
     @classmethod
@@ -211,6 +216,15 @@ class RlConfig(PhaseConfig):
             raise ValueError(
                 f"model.lora.dropout={self.model.lora.dropout} would train another policy than the "
                 "one that samples, which drops nothing; set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _is_deterministic(self) -> Self:
+        if self.deterministic and (self.rollout.int8_kv or self.rollout.int8_weights):
+            raise ValueError(
+                "deterministic samples by the computation of training, which has no int8: set "
+                "rollout.int8_kv and int8_weights to false"
             )
         return self
 

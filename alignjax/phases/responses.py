@@ -98,6 +98,8 @@ class Responses:
             temperature=limits.temperature,
             top_k=limits.top_k,
             top_p=limits.top_p,
+            min_p=limits.min_p,
+            repetition_penalty=limits.repetition_penalty,
             max_tokens=limits.max_tokens,
             stop_tokens=stop_ids(
                 self._tokenizer, limits.stop_tokens, load_eos_ids(config.model.path)
@@ -105,7 +107,10 @@ class Responses:
             num_samples=limits.num_samples,
         )
         self.num_samples = limits.num_samples
-        self._generate = make_generate(model, mesh=mesh, max_rows=limits.max_rows)
+        self._generate = make_generate(
+            model, mesh=mesh, max_rows=limits.max_rows,
+            int8_kv=limits.int8_kv, int8_weights=limits.int8_weights,
+        )  # fmt: skip
         self.rewards: Rewards | None = None
         if rewards is not None:
             log_path = Path(config.output_dir) / config.name / "rewards.log"

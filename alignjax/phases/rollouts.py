@@ -73,7 +73,7 @@ class Sampler:
         )
         self._train = self._source(config.data.train)
         self._held_out = None if config.data.eval is None else self._source(config.data.eval)
-        self._generate = self._make_generate(policy.model, mesh)
+        self._generate = self._engine(policy.model, mesh)
         self.rewards: ScoreFn = no_scores
         self.warnings: list[str] = []
         if config.rewards is not None:
@@ -129,19 +129,22 @@ class Sampler:
     def of(self, model: Model, mesh: Mesh) -> "Sampler":
         """The same prompts and rewards, with completions of another model."""
         other = copy.copy(self)
-        other._generate = self._make_generate(model, mesh)
+        other._generate = self._engine(model, mesh)
         return other
 
-    def _make_generate(self, model: Model, mesh: Mesh) -> GenerateFn:
+    def _engine(self, model: Model, mesh: Mesh) -> GenerateFn:
         config, limits = self._config, self._config.rollout
-        if not config.deterministic:
-            return make_generate(model, mesh=mesh, max_rows=limits.max_rows)
-        return make_exact_generate(
-            model,
-            mesh,
-            num_rows=config.rows_per_update // config.data.micro_batches,
-            row_len=limits.max_prompt_tokens + limits.max_tokens,
-        )
+        if config.deterministic:
+            return make_exact_generate(
+                model,
+                mesh,
+                num_rows=config.rows_per_update // config.data.micro_batches,
+                row_len=limits.max_prompt_tokens + limits.max_tokens,
+            )
+        return make_generate(
+            model, mesh=mesh, max_rows=limits.max_rows,
+            int8_kv=limits.int8_kv, int8_weights=limits.int8_weights,
+        )  # fmt: skip
 
     def check(self, scores: Sequence[Score]) -> list[str]:
         """Sentences on rewards that failed.

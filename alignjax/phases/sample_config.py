@@ -46,10 +46,18 @@ class SampleRollout(Config):
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Leaves out what is less likely than this share of the most likely token."""
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Above 1 against tokens of the prompt and of the completion so far (arXiv:1909.05858)."""
     stop_tokens: list[str] = []
     """Tokens that end a completion, besides EOS and what the model's directory lists as such."""
     max_rows: int = Field(1024, ge=1)
     """Completions that are sampled at once, at most."""
+    int8_kv: bool = False
+    """Keeps keys and values as int8 codes, to save memory."""
+    int8_weights: bool = False
+    """Keeps the kernels of the layers as int8 codes, to save memory."""
 
 
 class ResponsesSource(Config):

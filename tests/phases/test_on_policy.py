@@ -1,7 +1,5 @@
 """What is sampled from is what was last trained: to 1e-5 with the engine, to the bit without it."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from alignjax.core.types import Sampling, Score
 from alignjax.generate import make_generate
 from alignjax.generate.exact import make_exact_generate
 from alignjax.models import Model, ModelConfig, save
-from alignjax.phases import rollouts, scoring
+from alignjax.phases import scoring
 from alignjax.phases.grpo import Grpo
 from alignjax.phases.grpo_config import GrpoConfig
 from alignjax.recipes import chains
@@ -104,9 +102,7 @@ def test_updates_reach_the_sampler(world, monkeypatch, model):
 @pytest.mark.slow
 def test_int8_rollouts_are_of_what_was_trained_last(world, monkeypatch):
     """The codes are made anew from the weights of each iteration."""
-    make_int8 = functools.partial(make_generate, int8_weights=True, int8_kv=True)
-    monkeypatch.setattr(rollouts, "make_generate", make_int8)
-    phase = make(world, monkeypatch)
+    phase = make(world, monkeypatch, rollout={"int8_weights": True, "int8_kv": True})
     seen = iterations(phase, 3)
 
     def distance(batch, params):
