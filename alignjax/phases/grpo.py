@@ -86,7 +86,7 @@ class Grpo:
         self._policy = Policy(config, mesh)
         model, rollout, algorithm = self._policy.model, config.rollout, config.algorithm
         self._rows = Rows.of(config, mesh)
-        if (num_sharing := config.num_sharing) > 1:
+        if (num_sharing := config.num_sharing(mesh)) > 1:
             self._rows = Rows.sharing(config, mesh, num_sharing)
         self._sampler = Sampler(config, self._policy, mesh)
         self._sampling = self._sampler.sampling

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+from jax.sharding import Mesh
 from pydantic import Field, field_validator, model_validator
 
 from alignjax import losses
@@ -12,6 +13,7 @@ from alignjax.core.config import Config
 from alignjax.data import TextConfig
 from alignjax.phases.common import PhaseConfig
 from alignjax.rewards.combine import RewardConfig
+from alignjax.sharding import batch_shards
 
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {}, "dr_grpo": {}, "dapo": {"dynamic_sampling": True, "overlong_frac": 0.2}, "bnpo": {},
@@ -270,8 +272,9 @@ class GrpoData(RlData):
 
     num_sharing: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Completions of a prompt that are computed beside one copy of it in a row, which is as long as
-    all of them together; 1: each after a copy of its own. auto: a whole group where prompts may be
-    as long as completions or longer, else 1. The gradient is the same."""
+    all of them together; 1: each after a copy of its own. auto: on CPUs, where prompts may be as
+    long as completions or longer, a whole group, or as many as a micro-batch would have rows; else
+    1, as fused attention knows no branches. The gradient is the same."""
 
 
 class GrpoConfig(RlConfig):
@@ -285,12 +288,16 @@ class GrpoConfig(RlConfig):
     def num_minibatches(self) -> int:
         return self.algorithm.num_minibatches
 
-    @property
-    def num_sharing(self) -> int:
+    def num_sharing(self, mesh: Mesh) -> int:
         """`data.num_sharing` as a number, at most a group."""
         limits, asked = self.rollout, self.data.num_sharing
         if self.deterministic:
             return 1
-        if asked == "auto":
-            return limits.group_size if limits.max_prompt_tokens >= limits.max_tokens else 1
-        return min(asked, limits.group_size)
+        if asked != "auto":
+            return min(asked, limits.group_size)
+        is_cpu = mesh.devices.flat[0].platform == "cpu"
+        if not is_cpu or limits.max_prompt_tokens < limits.max_tokens:
+            return 1
+        # No more than that: a micro-batch that fitted into memory still does.
+        rows = self.rows_per_update // self.data.micro_batches // batch_shards(mesh)
+        return max(1, min(rows, limits.group_size))
