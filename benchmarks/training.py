@@ -2,7 +2,8 @@
 
 Qwen3-style models with random weights: S (256 wide, 4 layers, vocabulary 4,096) and M (512 wide,
 8 layers, 32,768; 42M parameters). sft: 8 full rows of 256. dpo: 8 pairs of 128 + 128 + 128.
-grpo: 8 prompts of 128 with 8 completions of 128. long: 2 prompts of 512 with 16 of 64.
+grpo: 8 prompts of 128 with 8 completions of 128. long: 2 prompts of 512 with 16 of 64. profile:
+where the time of an iteration of grpo goes.
 
     python benchmarks/training.py --models S M --dtypes float32 bfloat16
 
@@ -28,9 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 import record
 
+from alignjax.core.types import Sampling
 from alignjax.data import Element, pack, sequence_ids, share_prompts, shared_row_len
 from alignjax.data.comparison_rows import pack_elements
+from alignjax.generate import make_generate
 from alignjax.models import Model, ModelConfig
+from alignjax.phases.common import score_tokens
 from alignjax.phases.grpo import grpo_loss
 from alignjax.phases.grpo_config import AlgorithmConfig
 from alignjax.phases.preference_config import LOSSES, Objective, Part
@@ -48,12 +52,12 @@ MODELS = {
 }  # fmt: skip
 GROUPS = {"grpo": (8, 8, 128, 128), "long": (2, 16, 512, 64)}
 """Prompts, completions of each, tokens of a prompt, tokens of a completion."""
-TASKS = ("sft", "dpo", *GROUPS)
+TASKS = ("sft", "dpo", *GROUPS, "profile")
 Rows = dict[str, np.ndarray]
 
 
 def batches(task: str, vocab: int) -> dict[str, Rows]:
-    """Rows [1, R, T] of each variant of a task."""
+    """Rows [M, R, T] of each variant of a task: 4 micro-batches of rollouts, if there are rows."""
     rng = np.random.default_rng(0)
 
     def ids(n: int) -> np.ndarray:
@@ -91,7 +95,13 @@ def batches(task: str, vocab: int) -> dict[str, Rows]:
         row_len = shared_row_len(prompt_len, length, group)
         shared = pack(share_prompts(apart, group), num_rows=num, row_len=row_len)[0]
         found["shared"] = {**shared, "sequence_ids": sequence_ids(shared)}
-    return {name: {k: v[None] for k, v in rows.items()} for name, rows in found.items()}
+    most = 4 if task in GROUPS else 1
+
+    def split(rows: Rows) -> Rows:
+        parts = min(most, len(rows["mask"]))
+        return {k: v.reshape(parts, len(v) // parts, *v.shape[1:]) for k, v in rows.items()}
+
+    return {name: split(rows) for name, rows in found.items()}
 
 
 def flops(task: str, shape: dict[str, int]) -> float:
@@ -112,6 +122,13 @@ def flops(task: str, shape: dict[str, int]) -> float:
     forward = 2 * (weights * tokens + targets * d * shape["vocab_size"])
     forward += 2 * 2 * shape["num_layers"] * pairs * heads * width
     return forward * (4 if task == "dpo" else 3)
+
+
+def make_model(name: str, dtype: Any) -> Model:
+    config = ModelConfig(
+        family="qwen3", max_position_embeddings=2048, tie_embeddings=True, **MODELS[name]
+    )
+    return Model(config, dtype)
 
 
 def make_update(task: str, model: Model, rows: Rows, *, is_shared: bool) -> Callable[[], Any]:
@@ -154,10 +171,7 @@ def clocked(function: Callable[[], Any]) -> tuple[float, float]:
 
 def measure(task: str, name: str, dtype: str, repeats: int) -> dict[str, Any]:
     shape = MODELS[name]
-    model = Model(
-        ModelConfig(family="qwen3", max_position_embeddings=2048, tie_embeddings=True, **shape),
-        dtype,
-    )
+    model = make_model(name, dtype)
     size = 1024
     square = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda x: jax.lax.fori_loop(0, 4, lambda _, y: (x @ y) * 1e-3, x))
@@ -167,7 +181,7 @@ def measure(task: str, name: str, dtype: str, repeats: int) -> dict[str, Any]:
     }
     needed, found = flops(task, shape), {}
     for update, _ in variants.values():
-        clocked(update), clocked(update)
+        clocked(update)
     clocked(lambda: multiply(square))
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
     peaks = []
@@ -195,6 +209,39 @@ def measure(task: str, name: str, dtype: str, repeats: int) -> dict[str, Any]:
     }
 
 
+def profile(name: str, dtype: str, repeats: int) -> dict[str, Any]:
+    """Median seconds of CPU time of the parts of an iteration of grpo, rewards left out."""
+    shape, (num, group, prompt_len, length) = MODELS[name], GROUPS["grpo"]
+    model = make_model(name, dtype)
+    params = model.init(jax.random.PRNGKey(0))
+    generate = make_generate(model)
+    prompts = np.random.default_rng(0).integers(2, shape["vocab_size"], (num, prompt_len))
+    lengths = np.full(num, prompt_len)
+    sampling = Sampling(max_tokens=length, num_samples=group)
+    rows = batches("grpo", shape["vocab_size"])["shared"]
+    batch = {k: jnp.asarray(v) for k, v in rows.items()}
+    update = make_update("grpo", model, rows, is_shared=True)
+    forward = jax.jit(
+        lambda params, batch: jax.lax.map(lambda one: score_tokens(model, params, one).logps, batch)
+    )
+    transform = make_optimizer(OptimizerConfig(), 1000).transform
+    move = jax.jit(lambda params, state: transform.update(params, state, params))
+    state = transform.init(params)
+    parts: dict[str, Callable[[], Any]] = {
+        "sampling": lambda: generate(params, prompts, lengths, jax.random.PRNGKey(1), sampling),
+        "rows on the host": lambda: batches("grpo", shape["vocab_size"]),
+        "update": update,
+        "of the update: forward": lambda: forward(params, batch),
+        "of the update: optimizer": lambda: move(params, state),
+    }
+    for part in parts.values():
+        clocked(part)
+    return {
+        part: round(statistics.median(clocked(function)[1] for _ in range(repeats)), 3)
+        for part, function in parts.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["S", "M"])
@@ -206,7 +253,11 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help="used by itself: one task, as JSON")
     args = parser.parse_args()
     if args.one:
-        found = measure(args.tasks[0], args.models[0], args.dtypes[0], args.repeats)
+        task, name, dtype = args.tasks[0], args.models[0], args.dtypes[0]
+        if task == "profile":
+            found = profile(name, dtype, args.repeats)
+        else:
+            found = measure(task, name, dtype, args.repeats)
         print(json.dumps(found))
         return
     figures: dict[str, Any] = {}
@@ -219,6 +270,9 @@ def main() -> None:
                     [sys.executable, __file__, *words], check=True, stdout=subprocess.PIPE
                 )
                 figures[f"{name} {dtype} {task}"] = found = json.loads(out.stdout)
+                if task == "profile":
+                    print(name, dtype, found)
+                    continue
                 for variant, each in found["variants"].items():
                     print(name, dtype, task, variant, each["wall_s"], "s,", each["cpu_s"],
                           "s of CPU,", each["frac_of_gemm_peak"], "of the peak")  # fmt: skip

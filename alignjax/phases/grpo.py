@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from alignjax import losses
 from alignjax.core.keys import named_key
 from alignjax.core.types import Params, Sampling, Weighted
-from alignjax.models import Model
+from alignjax.models import Model, lora
 from alignjax.phases.common import Policy, score_tokens
 from alignjax.phases.grpo_config import AlgorithmConfig, GrpoConfig
 from alignjax.phases.rollouts import (
@@ -87,7 +88,7 @@ class Grpo:
         self._policy = Policy(config, mesh)
         model, rollout, algorithm = self._policy.model, config.rollout, config.algorithm
         self._rows = Rows.of(config, mesh)
-        if (num_sharing := config.num_sharing) > 1:
+        if (num_sharing := config.num_sharing(mesh)) > 1:
             self._rows = Rows.sharing(config, mesh, num_sharing)
         self._sampler = Sampler(config, self._policy, mesh)
         self._sampling = self._sampler.sampling
@@ -99,9 +100,18 @@ class Grpo:
         self._reference: Params | None = None
         is_base = self._policy.frozen is not None and not algorithm.reference_every
         reference = self._policy.reference_model if is_base else model
+        # And its log-probs are computed beside those of the policy, unless they are read twice.
+        self._has_joint_reference = is_base and self._has_kl_in_loss and algorithm.num_updates == 1
         num_shards = batch_shards(mesh)
 
         def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
+            if self._has_joint_reference:
+                _, base = lora.split(params)
+                found = score_tokens(
+                    reference, base, batch,
+                    num_shards=num_shards, temperature=rollout.temperature, with_entropy=False,
+                )  # fmt: skip
+                batch = {**batch, "ref_logps": jax.lax.stop_gradient(found.logps)}
             return grpo_loss(
                 model, params, batch, algorithm,
                 temperature=rollout.temperature, max_tokens=rollout.max_tokens,
@@ -240,6 +250,11 @@ class Grpo:
         kl = fetch(estimator(old, old, ref, mask)).reshape(-1)
         return np.bincount(owners, kl, minlength=len(sequences)).astype(np.float32)
 
+    @property
+    def _has_kl_in_loss(self) -> bool:
+        algorithm = self._config.algorithm
+        return algorithm.kl_coef > 0 and not algorithm.kl_in_reward
+
     def _ref(self, state: TrainState) -> Params:
         if state.reference is not None:
             return self._policy.whole(state.reference)
@@ -262,7 +277,7 @@ class Grpo:
             if algorithm.old_logps == "trainer":
                 batch["sampler_logps"] = batch["old_logps"]
                 batch["old_logps"] = self._logps(self._policy.whole(state.params), batch)
-            if algorithm.kl_coef > 0 and not algorithm.kl_in_reward:
+            if self._has_kl_in_loss and not self._has_joint_reference:
                 batch["ref_logps"] = self._ref_logps(self._ref(state), batch)
             batches.append(batch)
         for _ in range(algorithm.num_updates):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+from jax.sharding import Mesh
 from pydantic import Field, field_validator, model_validator
 
 from alignjax import losses
@@ -12,6 +13,7 @@ from alignjax.core.config import Config
 from alignjax.data import TextConfig
 from alignjax.phases.common import PhaseConfig
 from alignjax.rewards.combine import RewardConfig
+from alignjax.sharding import batch_shards
 
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {}, "dr_grpo": {}, "dapo": {"dynamic_sampling": True, "overlong_frac": 0.2}, "bnpo": {},
@@ -154,15 +156,15 @@ class RolloutConfig(Config):
     """Tokens that end a completion, besides EOS and what the model's directory lists as such."""
     max_rows: int = Field(1024, ge=1)
     """Completions that are sampled at once, at most."""
+    score_early: bool = False
+    """Score completions while others are still being sampled; the scores are the same. It pays
+    where reward functions take long. Not with models or judges, which would share the devices or
+    compare samples."""
     int8_kv: bool = False
     """Keeps keys and values of rollouts as int8 codes, to save memory. Log-probs are recorded as
     they were sampled from: how far those of training are from them is logged."""
     int8_weights: bool = False
     """Samples from the kernels of the layers as int8 codes, made anew in each iteration."""
-    score_early: bool = False
-    """Score completions while others are still being sampled; the scores are the same. It pays
-    where reward functions take long. Not with models or judges, which would share the devices or
-    compare samples."""
 
     @field_validator("group_size")
     @classmethod
@@ -220,6 +222,15 @@ class RlConfig(PhaseConfig):
         return self
 
     @model_validator(mode="after")
+    def _is_deterministic(self) -> Self:
+        if self.deterministic and (self.rollout.int8_kv or self.rollout.int8_weights):
+            raise ValueError(
+                "deterministic samples by the computation of training, which has no int8: set "
+                "rollout.int8_kv and int8_weights to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _may_score_early(self) -> Self:
         rewards = self.rewards
         if not self.rollout.score_early:
@@ -261,8 +272,9 @@ class GrpoData(RlData):
 
     num_sharing: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Completions of a prompt that are computed beside one copy of it in a row, which is as long as
-    all of them together; 1: each after a copy of its own. auto: a whole group where prompts may be
-    as long as completions or longer, else 1. The gradient is the same."""
+    all of them together; 1: each after a copy of its own. auto: on CPUs, where prompts may be as
+    long as completions or longer, a whole group, or as many as a micro-batch would have rows; else
+    1, as fused attention knows no branches. The gradient is the same."""
 
 
 class GrpoConfig(RlConfig):
@@ -276,12 +288,16 @@ class GrpoConfig(RlConfig):
     def num_minibatches(self) -> int:
         return self.algorithm.num_minibatches
 
-    @property
-    def num_sharing(self) -> int:
+    def num_sharing(self, mesh: Mesh) -> int:
         """`data.num_sharing` as a number, at most a group."""
         limits, asked = self.rollout, self.data.num_sharing
         if self.deterministic:
             return 1
-        if asked == "auto":
-            return limits.group_size if limits.max_prompt_tokens >= limits.max_tokens else 1
-        return min(asked, limits.group_size)
+        if asked != "auto":
+            return min(asked, limits.group_size)
+        is_cpu = mesh.devices.flat[0].platform == "cpu"
+        if not is_cpu or limits.max_prompt_tokens < limits.max_tokens:
+            return 1
+        # No more than that: a micro-batch that fitted into memory still does.
+        rows = self.rows_per_update // self.data.micro_batches // batch_shards(mesh)
+        return max(1, min(rows, limits.group_size))

@@ -31,6 +31,7 @@ from alignjax.train.loop import evaluated, train
 from alignjax.train.metrics import read_metrics, replace_file
 from alignjax.train.optim import averaged, make_optimizer
 from alignjax.train.progress import Progress
+from alignjax.train.state import create_state
 
 INPUTS = (
     "model.path", "model.adapter", "tokenizer", "data.train", "data.eval", "data.reference",
@@ -285,10 +286,11 @@ def export_checkpoint(
     policy = exporter(config, make_mesh(config.mesh))
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=config.loop.keep, read_only=True)
     with contextlib.closing(checkpoints):
-        parts = {"params": policy.init(jax.random.PRNGKey(0))}
+        key = jax.random.PRNGKey(0)
+        parts = {"params": policy.init(key)}
         if config.optimizer.name == "schedule_free":
             transform = make_optimizer(config.optimizer, config.loop.steps).transform
-            parts["opt_state"] = transform.init(parts["params"])
+            parts["opt_state"] = create_state(parts["params"], transform, key).opt_state
         step, parts = checkpoints.restore_parts(parts, step)
     params = averaged(parts["params"], parts.get("opt_state"))
     if adapter:

@@ -26,6 +26,7 @@ from alignjax.recipes import chains
 from alignjax.recipes.stage import export_checkpoint, run_phase
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.train.checkpoint import Checkpointer
+from alignjax.train.optim import OptimizerConfig
 
 SHAPE = ModelConfig(
     vocab_size=23, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64,
@@ -360,6 +361,22 @@ def test_export_of_a_checkpoint(world, finished, tmp_path):
     ]  # fmt: skip
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(world / "base")
+
+
+@pytest.mark.slow
+def test_export_of_a_checkpoint_is_of_the_average_as_that_of_a_run_is(world, tmp_path):
+    optimizer = OptimizerConfig(name="schedule_free", learning_rate=0.01)
+    config = config_of(world, tmp_path).model_copy(update={"optimizer": optimizer})
+    run_dir = run_phase(config, command="again").parent
+    assert export_checkpoint(run_dir, tmp_path / "merged") == 4
+    assert (tmp_path / "merged/model.safetensors").read_bytes() == (
+        run_dir / "model/model.safetensors"
+    ).read_bytes()
+    _, y = adapters_of(run_dir, make_sft(world).init(jax.random.PRNGKey(0)).params)
+    _, merged = load(run_dir / "model")
+    phase = make_sft(world, model={"quantize": "int8"})
+    of_y = phase._policy.merged(y)["layers"]["mlp"]["up"]["kernel"]
+    assert np.abs(np.asarray(of_y - merged["layers"]["mlp"]["up"]["kernel"])).max() > 1e-5
 
 
 def test_a_run_begins_with_the_adapters_of_a_directory(world, finished, tmp_path):

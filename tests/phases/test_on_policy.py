@@ -99,6 +99,41 @@ def test_updates_reach_the_sampler(world, monkeypatch, model):
         assert np.abs(old - np.asarray(batch["old_logps"]))[mask].max() > 1e-2
 
 
+@pytest.mark.slow
+def test_int8_rollouts_are_of_what_was_trained_last(world, monkeypatch):
+    """The codes are made anew from the weights of each iteration."""
+    phase = make(world, monkeypatch, rollout={"int8_weights": True, "int8_kv": True})
+    seen = iterations(phase, 3)
+
+    def distance(batch, params):
+        found = np.asarray(phase._logps(params, batch)) - np.asarray(batch["old_logps"])
+        return float(np.abs(found)[np.asarray(batch["mask"])].mean())
+
+    for batch, metrics, params in seen:
+        mean = float(metrics["sampling/sampling_logp_difference/mean"])
+        assert 1e-4 < mean < 0.05, "8 bits, and no more than that"
+        assert distance(batch, params) == pytest.approx(mean, rel=1e-3)
+    for (batch, *_), (*_, stale) in zip(seen[1:], seen[:-1], strict=True):
+        assert distance(batch, stale) > 0.2
+
+
+@pytest.mark.slow
+def test_a_reference_that_is_the_base_is_computed_in_the_step(world, monkeypatch):
+    """With the same result as before it."""
+    seen = []
+    for is_joint in (True, False):
+        phase = make(world, monkeypatch, model=LORA, algorithm={"kl_coef": 0.1})
+        assert phase._has_joint_reference
+        phase._has_joint_reference = is_joint
+        seen.append(iterations(phase, 2))
+    for (batch, metrics, params), (batch_, metrics_, params_) in zip(*seen, strict=True):
+        assert "ref_logps" not in batch and "ref_logps" in batch_
+        for name in ("loss", "kl", "grad_norm"):
+            assert float(metrics[name]) == pytest.approx(float(metrics_[name]), rel=1e-4, abs=1e-8)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, params_)
+    assert float(seen[0][1][1]["kl"]) > 1e-4, "the adapters have moved"
+
+
 def test_deterministic_runs_have_a_ratio_of_exactly_1(world, monkeypatch, compiled_as_for_users):
     """In each iteration, on the first minibatch, after updates have moved the weights."""
     phase = make(

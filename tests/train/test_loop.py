@@ -15,9 +15,9 @@ import pytest
 from alignjax.core.errors import UserError
 from alignjax.core.types import Weighted
 from alignjax.train.checkpoint import Checkpointer
-from alignjax.train.loop import Collected, Evaluated, LoopConfig, StopRunError, train
+from alignjax.train.loop import Collected, Evaluated, LoopConfig, StopRunError, evaluated, train
 from alignjax.train.metrics import TIMINGS, MetricWriter, read_metrics
-from alignjax.train.optim import OptimizerConfig, make_optimizer
+from alignjax.train.optim import OptimizerConfig, averaged, make_optimizer
 from alignjax.train.progress import Progress
 from alignjax.train.state import create_state
 from alignjax.train.step import make_step
@@ -408,6 +408,31 @@ def test_an_iteration_without_an_update_is_an_iteration(tmp_path):
     assert int(state.step) == 7
     np.testing.assert_array_equal(state.params["w"], np.zeros(2))
     assert "loss" not in read_metrics(tmp_path)[3]
+
+
+def test_evaluations_are_of_the_average_where_there_is_one(tmp_path):
+    """With schedule_free; gradients are taken at another point, which the state holds."""
+    optimizer = make_optimizer(OptimizerConfig(name="schedule_free", learning_rate=0.1), 14)
+    step = make_step(loss_fn, optimizer)
+
+    class Averaging(Fake):
+        def init(self, key):
+            return create_state({"w": jnp.zeros(2)}, optimizer.transform, key)
+
+        def step(self, state, batch):
+            return step(state, batch)
+
+    state = run(tmp_path, Averaging())
+    (seen,) = (line["eval/w"] for line in read_metrics(tmp_path) if line.get("eval/w"))
+    average = averaged(state.params, state.opt_state)
+    assert seen == float(average["w"][0]) == float(evaluated(state).params["w"][0])
+    assert abs(seen - float(state.params["w"][0])) > 1e-3
+    # A checkpoint gives it, too, without the rest of the state.
+    parts = {"params": state.params, "opt_state": state.opt_state}
+    checkpoints = Checkpointer(tmp_path / "checkpoints", keep=1, read_only=True)
+    _, found = checkpoints.restore_parts(parts)
+    checkpoints.close()
+    np.testing.assert_array_equal(averaged(**found)["w"], average["w"])
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):
