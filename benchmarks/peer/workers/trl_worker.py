@@ -134,20 +134,30 @@ def prompt_ids(spec: Spec) -> list[list[int]]:
 
 
 def generate(spec: Spec, gate: protocol.Gate) -> None:
-    """What GRPOTrainer calls to sample: `generate`, or with `continuous` set `generate_batch`."""
-    from transformers import GenerationConfig
+    """What GRPOTrainer calls to sample: `generate`, or with `continuous` set `generate_batch`.
 
-    model, prompts = loaded(spec), prompt_ids(spec)
+    The latter has a cache for all prompts and completions; left to itself it takes most memory.
+    """
+    from transformers.generation import ContinuousBatchingConfig, GenerationConfig
+
+    model, prompts, dims = loaded(spec), prompt_ids(spec), spec["dims"]
     choice = spec["options_of_worker"]
     rows = choice.get("rows", len(prompts))
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=1, pad_token_id=0,
-        max_new_tokens=spec["dims"]["completion"], **spec["options"],
+        max_new_tokens=dims["completion"], **spec["options"],
     )  # fmt: skip
+    pages = -(-(dims["prompt"] + dims["completion"]) // 32)
+    batching = ContinuousBatchingConfig(
+        page_size=32, num_blocks=(pages + 1) * len(prompts), max_batch_tokens=1024
+    )
 
     def continuous() -> dict[str, Any]:
         with torch.no_grad():
-            out = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+            out = model.generate_batch(
+                prompts, generation_config=config, continuous_batching_config=batching,
+                progress_bar=False,
+            )  # fmt: skip
         return {"tokens": sum(len(one.generated_tokens) for one in out.values())}
 
     def padded() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from alignjax.core.types import Sampling
 from alignjax.generate import make_generate
 from alignjax.models import load
 from alignjax.phases.registry import PHASES
-from alignjax.sharding import make_mesh
+from alignjax.sharding import MeshConfig, make_mesh
 
 Spec = dict[str, Any]
 LEARNING_RATE = 1e-6
@@ -102,7 +102,7 @@ def dpo(spec: Spec, gate: protocol.Gate) -> None:
     if spec["options_of_worker"].get("reference_in_step"):
         learner = phase._learner  # The one thing here that a user does not reach.
         scorer = learner.reference(None)[0]
-        mesh = make_mesh(build(PHASES["preference"][0], loads(_DPO % spec["model"])).mesh)
+        mesh = make_mesh(MeshConfig())
         weights = load(spec["model"], mesh=mesh, compute_dtype=spec["dtype"])[1]
 
         def before(state: Any, batch: Any) -> None:
@@ -111,9 +111,6 @@ def dpo(spec: Spec, gate: protocol.Gate) -> None:
 
     tokens = 2 * dims["pairs"] * (dims["prompt"] + dims["completion"])
     serve_phase(spec, gate, phase, lambda collected: tokens, before)
-
-
-_DPO = '{"phase": "preference", "name": "x", "model": {"path": "%s"}, "data": {"train": "x"}}'
 
 
 def rl(spec: Spec, gate: protocol.Gate, name: str, algorithm: dict[str, Any]) -> None:

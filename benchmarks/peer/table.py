@@ -110,6 +110,10 @@ def table(
     for r in rows:
         if "error" in r:
             lines.append(f"{r['library']} {r['variant']}: {r['error'].splitlines()[0]}")
+    for r in rows:
+        if "warm_up_from_disk_seconds" in r:
+            found = r["warm_up_from_disk_seconds"]
+            lines.append(f"{r['library']} {r['variant']}: warm-up from disk {found:.1f} s")
     for peer, found in ratios(rows).items():
         text = ", ".join(f"{ratio:.2f}x in {variant}" for variant, ratio in found.items())
         if peer in targets and "float32" in found:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peer_tasks import Task
+from peer.tasks import Task
 
 LIBRARIES = ("alignjax", "trl", "tunix")
 

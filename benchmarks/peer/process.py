@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WORKERS = Path(__file__).resolve().parent / "peer_workers"
-REPO = WORKERS.parent.parent
+WORKERS = Path(__file__).resolve().parent / "workers"
+REPO = WORKERS.parents[2]
 
 
 class WorkerError(Exception):

@@ -215,7 +215,8 @@ def generate(spec: Spec, gate: protocol.Gate) -> None:
                 prompts[first : first + rows], dims["completion"], dims["prompt"],
                 temperature=1.0, top_p=1.0, eos_tokens=[EOS], seed=next(number),
             )  # fmt: skip
-            tokens += sum(len(ids) for ids in out.tokens)
+            # EOS is sampled and not given back.
+            tokens += sum(min(len(ids) + 1, dims["completion"]) for ids in out.tokens)
         return {"tokens": tokens}
 
     with MESH:
