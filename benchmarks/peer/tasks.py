@@ -183,7 +183,8 @@ def _weights(
 
 
 def write_data(path: Path, task: Task, vocab: int, *, seed: int = 0) -> None:
-    """Writes the JSON lines of a task: words of one token each, to which the libraries add EOS.
+    """Writes the JSON lines of a task: words of one token each, to which libraries add EOS. What
+    follows a prompt starts with a space, for it is joined to it.
 
     The lengths of "sft_ragged" follow those of GSM8K in tokens of a large vocabulary: log-normal,
     with geometric means of 56 for questions and 111 for answers; what exceeds a row is left out.
@@ -202,10 +203,11 @@ def write_data(path: Path, task: Task, vocab: int, *, seed: int = 0) -> None:
             means = np.log([56 * scale, 111 * scale])
             question, answer = np.exp(rng.normal(means, [0.345, 0.424])).astype(int).clip(1)
             if question + answer < dims["row_len"]:
-                records.append({"prompt": text(words(question)), "completion": text(words(answer))})
+                prompt, completion = text(words(question)), " " + text(words(answer))
+                records.append({"prompt": prompt, "completion": completion})
     elif kind == "dpo":
         for _ in range(dims["pairs"]):
-            responses = [text(words(dims["completion"] - 1)) for _ in range(2)]
+            responses = [" " + text(words(dims["completion"] - 1)) for _ in range(2)]
             chosen, rejected = responses
             prompt = text(words(dims["prompt"]))
             records.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})

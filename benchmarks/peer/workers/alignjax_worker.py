@@ -109,8 +109,12 @@ def dpo(spec: Spec, gate: protocol.Gate) -> None:
             rows = {key: value for key, value in batch.items() if key != "ref_logps"}
             jax.block_until_ready(learner.reference_logps(scorer, weights, rows))
 
-    tokens = 2 * dims["pairs"] * (dims["prompt"] + dims["completion"])
-    serve_phase(spec, gate, phase, lambda collected: tokens, before)
+    def count(collected: Any) -> int:
+        # A prompt counts twice, as where it is computed twice.
+        targets = sum(int(batch["mask"].sum()) for batch in collected.batches)
+        return targets + 2 * dims["pairs"] * dims["prompt"]
+
+    serve_phase(spec, gate, phase, count, before)
 
 
 def rl(spec: Spec, gate: protocol.Gate, name: str, algorithm: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ class Steps(TrainerCallback):
     """Waits at the gate after each step: from one log to the next, data and update included."""
 
     def __init__(self, gate: protocol.Gate, tokens: Any):
-        self._gate, self._tokens, self._before = gate, tokens, 0.0
+        self._gate, self._tokens = gate, tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._gate.next()
@@ -83,20 +83,21 @@ def sft(spec: Spec, gate: protocol.Gate) -> None:
 
 def dpo(spec: Spec, gate: protocol.Gate) -> None:
     dims = spec["dims"]
-    # Only SFTTrainer adds EOS to plain text.
-    pairs = [
-        {**record, **{key: f"{record[key]} <eos>" for key in ("chosen", "rejected")}}
-        for record in records(spec)
-    ]
     settings = {
         "per_device_train_batch_size": dims["pairs"], "beta": 0.1,
         "max_length": dims["prompt"] + dims["completion"], **common(spec),
     }  # fmt: skip
     trainer = DPOTrainer(
-        spec["model"], args=DPOConfig(**settings), train_dataset=Dataset.from_list(pairs)
+        spec["model"], args=DPOConfig(**settings), train_dataset=Dataset.from_list(records(spec))
     )
-    tokens = 2 * dims["pairs"] * (dims["prompt"] + dims["completion"])
-    trainer.add_callback(Steps(gate, lambda logs: tokens))
+    before = 0
+
+    def tokens(logs: Any) -> int:
+        nonlocal before
+        before, found = int(logs["num_tokens"]), int(logs["num_tokens"]) - before
+        return found
+
+    trainer.add_callback(Steps(gate, tokens))
     trainer.train()
 
 

@@ -120,16 +120,15 @@ def dpo(spec: Spec, gate: protocol.Gate) -> None:
         **LOOP, beta=0.1, max_prompt_length=dims["prompt"], max_response_length=dims["completion"],
         **spec["options"],
     )  # fmt: skip
-    trainer = DPOTrainer(
-        loaded(spec), loaded(spec), optimizer(), config,
-        tokenizer=AutoTokenizer.from_pretrained(spec["model"]),
-    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
+    trainer = DPOTrainer(loaded(spec), loaded(spec), optimizer(), config, tokenizer=tokenizer)
     batch = {
         "prompts": [record["prompt"] for record in found],
         "chosen_responses": [f"{record['chosen']} <eos>" for record in found],
         "rejected_responses": [f"{record['rejected']} <eos>" for record in found],
     }
-    tokens = 2 * len(found) * (dims["prompt"] + dims["completion"])
+    counts = {name: sum(map(len, tokenizer(texts)["input_ids"])) for name, texts in batch.items()}
+    tokens = sum(counts.values()) + counts["prompts"]
     with MESH:
         trainer.train(steps(gate, trainer, itertools.repeat(batch), lambda x: tokens))
 
