@@ -1,7 +1,7 @@
 """The same work on alignjax, TRL and Tunix, side by side in one run.
 
     python benchmarks/peers.py                                   # everything: hours on one core
-    python benchmarks/peers.py --tasks sft grpo --sizes M --rounds 3
+    python benchmarks/peers.py --tasks sft grpo --sizes M --rounds 2 --best
     python benchmarks/peers.py --quick                           # does everything run? Minutes
 
 Each peer runs in an environment of its own, which is made from pinned versions
@@ -38,7 +38,7 @@ from peer import table
 from peer.measure import Bench, check_logits, limits_of_machine, measure
 from peer.process import Library, library
 from peer.tasks import SIZES, TARGETS, TASKS, Task, expected_tokens, write_model
-from peer.variants import LIBRARIES, Variant, variants
+from peer.variants import DTYPES, LIBRARIES, Variant, variants
 
 
 def arguments() -> argparse.Namespace:
@@ -47,7 +47,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=LIBRARIES[1:], default=LIBRARIES[1:])
     parser.add_argument("--sizes", nargs="*", choices=["S", "M"], default=["S", "M"])
     parser.add_argument("--rounds", type=int, default=3, help="runs of each, after the warm-up")
-    parser.add_argument("--variants", nargs="*", help="by name, such as best; default: all")
+    parser.add_argument("--best", action="store_true", help="of each peer its best settings alone")
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES), help="of ours")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of runs for each")
     parser.add_argument("--again", action="store_true", help="also our warm-up from disk")
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds for one answer")
@@ -73,11 +74,20 @@ def installed(args: argparse.Namespace) -> dict[str, Library | str]:
 
 
 def chosen(args: argparse.Namespace, task: Task) -> list[Variant]:
-    """Ours are always there."""
-    peers = [v for v in variants(task) if v.library == "alignjax" or v.library in args.peers]
-    if args.variants is None:
-        return peers
-    return [v for v in peers if v.library == "alignjax" or v.name in args.variants]
+    """Those of the variants that are asked for, ours first."""
+    found = [
+        v
+        for v in variants(task)
+        if (v.dtype in args.dtypes if v.library == "alignjax" else v.library in args.peers)
+    ]
+    if not args.best:
+        return found
+    with_best = {v.library for v in found if v.name == "best"}
+    return [
+        v
+        for v in found
+        if v.library == "alignjax" or v.name == ("best" if v.library in with_best else "default")
+    ]
 
 
 def main() -> None:
@@ -107,7 +117,8 @@ def main() -> None:
         for size in (size for size in sizes if size in task.sizes):
             print(f"{name}, {size}", flush=True)
             rows, alternates = measure(bench, name, task, size, chosen(args, task))
-            problems = table.disagreements(rows, expected_tokens(task))
+            has_same_loss = task.kind in ("sft", "dpo")
+            problems = table.disagreements(rows, expected_tokens(task), has_same_loss)
             targets = TARGETS.get((name, size), {})
             title = f"\n{name}, {size}: {task.dims}"
             print(table.table(title, rows, targets, problems) + "\n", flush=True)

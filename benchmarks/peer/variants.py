@@ -12,6 +12,8 @@ from typing import Any
 from peer.tasks import Task
 
 LIBRARIES = ("alignjax", "trl", "tunix")
+DTYPES = ("float32", "bfloat16")
+"""Of the matrix products of ours; peers have float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +37,7 @@ class Variant:
 def ours(
     options: Mapping[str, Any] | None = None, worker: Mapping[str, Any] | None = None
 ) -> list[Variant]:
-    return [
-        Variant("alignjax", dtype, dtype, options or {}, worker or {})
-        for dtype in ("float32", "bfloat16")
-    ]
+    return [Variant("alignjax", dtype, dtype, options or {}, worker or {}) for dtype in DTYPES]
 
 
 def variants(task: Task) -> list[Variant]:

@@ -1,5 +1,6 @@
 """The side-by-side benchmark: what it makes of runs, with workers that only pretend to work."""
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -133,14 +134,26 @@ def test_what_is_not_the_same_work_is_found():
     ours = row("alignjax", "float32", 64, 7.60072)
     same = row("trl", "best", 64, 7.60073)
     half = row("alignjax", "bfloat16", 64, 7.59)
-    assert table.disagreements([ours, same, half], 64) == []
+    assert table.disagreements([ours, same, half], 64, True) == []
     fewer, other = row("tunix", "default", 60, 7.60072), row("trl", "default", 64, 7.6025)
-    found = table.disagreements([ours, fewer, other], 64)
+    found = table.disagreements([ours, fewer, other], 64, True)
     assert found == [
         "tunix default: [60] tokens in a run, expected 64",
         "trl default: first loss 7.6025, of alignjax 7.60072",
     ]
-    assert table.disagreements([ours, fewer], None) == []
+    assert table.disagreements([ours, fewer, other], None, False) == []
+    assert table.disagreements([], 64, True) == []
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_the_best_of_each_peer_is_its_default_where_that_is_all_there_is(name):
+    args = argparse.Namespace(best=True, dtypes=["float32"], peers=["trl", "tunix"])
+    found = {v.library: v.name for v in peers.chosen(args, tasks.TASKS[name])}
+    everything = variants.variants(tasks.TASKS[name])
+    assert found["alignjax"] == "float32" and len(found) == 3
+    for library in ("trl", "tunix"):
+        names = {v.name for v in everything if v.library == library}
+        assert found[library] == ("best" if "best" in names else "default")
 
 
 def test_the_target_is_met_or_not():
