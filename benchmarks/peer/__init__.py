@@ -1,0 +1,1 @@
+"""Parts of `benchmarks/peers.py`; workers/ has a file for each library."""
