@@ -19,7 +19,7 @@ from alignjax.core.types import LENGTH, STOP, Completions, GenerateFn, Params, S
 from alignjax.losses import next_token_logps
 from alignjax.losses.vocabulary import default_chunk_size
 from alignjax.models import Model
-from alignjax.sharding import batch_shards, put_batch
+from alignjax.sharding import batch_shards, fetch, put_batch
 
 
 def make_exact_generate(model: Model, mesh: Mesh, *, num_rows: int, row_len: int) -> GenerateFn:
@@ -83,10 +83,11 @@ def make_exact_generate(model: Model, mesh: Mesh, *, num_rows: int, row_len: int
             rows, token, logp, _ = advance(
                 params, rows, at, keys, jnp.int32(step), temperature=sampling.temperature
             )
+            token, logp = fetch((token, logp))
             out[:, step] = np.where(is_done, 0, token)
             logps[:, step] = np.where(is_done, 0.0, logp)
             counts += ~is_done
-            is_done |= np.isin(np.asarray(token), sampling.stop_tokens)
+            is_done |= np.isin(token, sampling.stop_tokens)
             if is_done.all():
                 break
         return [out, logps, counts, is_done]

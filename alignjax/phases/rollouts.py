@@ -64,6 +64,8 @@ class Sampler:
                 f"rollout.max_prompt_tokens={limits.max_prompt_tokens} and max_tokens="
                 f"{limits.max_tokens} exceed the model's context of {context} tokens; lower one"
             )
+        if limits.score_early and jax.process_count() > 1:
+            raise UserError("rollout.score_early is for a single process: leave it out")
         self._config, self._policy = config, policy
         self.sampling = Sampling(
             temperature=limits.temperature,
