@@ -278,8 +278,8 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
             "base": "base",
             "SL-CAI": "sl_cai",
             "RL-CAI": "rl_cai",
-            "without it: SL": f"sl_cai_without_{name}",
-            "without it: RL": f"rl_cai_without_{name}",
+            "SL, out": f"sl_cai_without_{name}",
+            "RL, out": f"rl_cai_without_{name}",
         }
         found = {
             title: [r["models"][model][name] for r in results if model in r["models"]]
@@ -291,8 +291,8 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
         shares,
         [],
         title="Constitutional AI, in a world with known truth",
-        subtitle="Share of answers to held-out prompts that break a principle; without it: it was "
-        f"left out of the constitution. Means of up to {len(results)} seeds.",
+        subtitle="Share of answers to held-out prompts that break a principle; out: it was left "
+        f"out of the constitution. Means of up to {len(results)} seeds.",
     )
 
 
