@@ -12,7 +12,6 @@ is not run again.
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from record import REPO, RESULTS, write
 from safetensors.numpy import load_file
+from table import table
 
 from alignjax.cli.runtime import prepare
 from alignjax.core.types import Sample, Score
@@ -38,19 +38,13 @@ STUDENTS = tuple(
     f"{family}_{way}" for family in FAMILIES for way in ("base", "distilled", "rl", "rl_more")
 )
 RECIPES = {"r1": STAGES, "r1_students": STUDENTS, "r1_controls": CONTROLS}
-FIGURES = (
-    "accuracy",
-    "mixes",
-    "x",
-    "thinks",
-    "reflects",
-    "length",
-    "general",
-    "unsafe",
-    "needless",
-)
+FIGURES = {
+    "accuracy": ".1%", "mixes": ".1%", "x": ".1%", "thinks": ".1%", "reflects": ".1%",
+    "length": ".1f", "general": ".1%", "unsafe": ".1%", "needless": ".1%",
+}  # fmt: skip
+"""What is measured, and how it is written."""
+EFFORT = {"accuracy": ".1%", "completions": ",.0f", "gflop": ",.0f", "gflop_with_teacher": ",.0f"}
 NUM_SAMPLES = 2
-EFFORT = ("completions", "gflop", "gflop_with_teacher")
 ITERATION = 32 * 8
 """Completions of a student's step of RL."""
 
@@ -141,6 +135,7 @@ def effort(folder: Path, students: Path, teacher: dict[str, float]) -> dict[str,
             found[f"{family}_{way}"] = {
                 "completions": steps * ITERATION,
                 "gflop": 8 * size * tokens / 1e9,
+                "gflop_with_teacher": 8 * size * tokens / 1e9,
             }
     return found
 
@@ -202,29 +197,16 @@ def measure(seed: int, side: str, wanted: set[str], *, is_finished: bool) -> dic
     return found
 
 
-def table(
-    results: list[dict[str, Any]], names: tuple[str, ...], figures: tuple[str, ...] = FIGURES
-) -> str:
-    """Markdown: a line for each model, the mean over seeds with the range."""
-    lines = [f"| model | {' | '.join(figures)} |", "|" + "---|" * (len(figures) + 1)]
-    for name in names:
-        rows = [result[name] for result in results if name in result]
-        if not rows:
-            continue
-        cells = []
-        for figure in figures:
-            values = [row[figure] for row in rows if figure in row]
-            if not values:
-                cells.append("")
-                continue
-            shown = "{:.3f}" if max(values) <= 1 else "{:.1f}"
-            cell = shown.format(statistics.mean(values))
-            if len(values) > 1:
-                cell += f" ({shown.format(min(values))} to {shown.format(max(values))})"
-            cells.append(cell)
-        of = f" ({len(rows)} of {len(results)} seeds)" if len(rows) < len(results) else ""
-        lines.append(f"| {name}{of} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def rows(
+    results: list[dict[str, Any]], names: tuple[str, ...], figure: str
+) -> dict[str, list[dict[str, float]]]:
+    """Models that have the figure -> what each seed gave; of how many, where some are missing."""
+    found = {name: [r[name] for r in results if figure in r.get(name, {})] for name in names}
+    return {
+        name if len(of) == len(results) else f"{name}, {len(of)} of {len(results)} seeds": of
+        for name, of in found.items()
+        if of
+    }
 
 
 def main() -> None:
@@ -243,9 +225,12 @@ def main() -> None:
         write(
             RESULTS / "r1.json", {"num_prompts": 768, "num_samples": NUM_SAMPLES, "seeds": results}
         )
-    for names in RECIPES.values():
-        print(table(results, names))
-    print(table(results, STUDENTS, ("accuracy", *EFFORT)))
+    for names, figure, columns in (
+        *((names, "accuracy", FIGURES) for names in RECIPES.values()),
+        (STUDENTS, "gflop", EFFORT),
+    ):
+        if found := rows(results, names, figure):
+            print(table(found, columns))
 
 
 if __name__ == "__main__":
