@@ -169,9 +169,9 @@ def test_eight_devices_sample_what_one_does(policy):
     np.testing.assert_allclose(one.logps, many.logps, atol=1e-5)
 
 
-def test_after_the_first_call_nothing_is_compiled(policy):
+def test_only_the_rungs_of_a_ladder_are_compiled(policy):
     """Ragged calls, other settings, and rows that come and go meet the shapes of one ladder."""
-    engine = make_generate(policy[0], max_rows=64)
+    engine = make_generate(policy[0], max_rows=32)
     settings = [
         {},
         {"temperature": 0.5, "top_p": 0.9},
@@ -180,22 +180,19 @@ def test_after_the_first_call_nothing_is_compiled(policy):
     ]
 
     def call(seed):
-        tokens, lengths = prompts(37 - seed % 4, 8, seed=seed)
-        sampling = Sampling(max_tokens=100 - seed % 4, num_samples=3, **settings[seed % 4])
-        limits = np.random.default_rng(seed).integers(1, 101, len(tokens))
+        tokens, lengths = prompts(20 - seed, 8, seed=seed)
+        sampling = Sampling(max_tokens=40 - seed, num_samples=3, **settings[seed])
+        limits = np.random.default_rng(seed).integers(1, 41, len(tokens))
         engine(policy[1], tokens, lengths, jax.random.PRNGKey(seed), sampling, max_tokens=limits)
 
-    ladder = Ladder.of(37, 8, 3, 100, max_rows=64, num_devices=1)
-    assert (ladder.rows, ladder.capacity, ladder.first_capacity) == (64, 128, 64)
+    for seed in range(4):
+        ladder = Ladder.of(20 - seed, 8, 3, 40 - seed, max_rows=32, num_devices=1)
+        assert (ladder.rows, ladder.first_capacity, ladder.capacity) == (32, 48, 48)
     before = num_compilations()
-    for seed in range(6):
+    for seed in range(4):
         call(seed)
-    after = num_compilations()
-    # Reading, admitting; 64, 32 and 16 rows with room for 64 and for 128 tokens; ways between them.
-    assert after - before <= 2 + 6 + 12
-    for seed in range(6):
-        call(seed)
-    assert num_compilations() == after
+    # Prompts are read, rows admitted, 32 or 16 of them go on, and 32 become 16.
+    assert num_compilations() - before == 5
 
 
 def test_a_completion_may_fill_the_context_to_its_end(policy):
@@ -246,7 +243,6 @@ def test_the_ladder_of_buckets():
         ({"top_p": 0.0}, "top_p"),
         ({"min_p": 1.5}, "min_p"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"stop_tokens": tuple(range(17))}, "stop tokens"),
         ({"max_tokens": 600}, "context of 512"),
     ],
 )
@@ -269,11 +265,11 @@ def test_an_empty_prompt_is_refused(policy):
 
 
 def test_rows_of_many_lengths_that_come_and_go_have_the_tokens_that_each_has_alone(policy):
-    """More rows than slots, more tokens than the first store holds, rows that move together."""
-    tokens, lengths = prompts(24, 8, seed=3)
-    limits = np.array([3, 90, 20, 70, 1, 40] * 4)
+    """More rows than slots, and more tokens than the first store holds."""
+    tokens, lengths = prompts(8, 8, seed=3)
+    limits = np.array([3, 90, 20, 70, 1, 40, 66, 2])
     sampling, key = Sampling(max_tokens=90, num_samples=4), jax.random.PRNGKey(7)
-    engine = make_generate(policy[0], max_rows=32)
+    engine = make_generate(policy[0], max_rows=16)
     out = engine(policy[1], tokens, lengths, key, sampling, max_tokens=limits)
     np.testing.assert_array_equal(out.lengths, np.repeat(limits, 4))
     at_once = make_generate(policy[0])(policy[1], tokens, lengths, key, sampling)
@@ -282,7 +278,7 @@ def test_rows_of_many_lengths_that_come_and_go_have_the_tokens_that_each_has_alo
         np.testing.assert_allclose(out.logps[row, :n], at_once.logps[row, :n], atol=1e-5)
         assert not out.tokens[row, n:].any() and not out.logps[row, n:].any()
     expected = log_probs(policy, whole(tokens, lengths, at_once, 4), width=100)
-    for row in range(96):
+    for row in range(32):
         start = lengths[row // 4]
         logps = expected[row, np.arange(start - 1, start + 89), at_once.tokens[row]]
         np.testing.assert_allclose(at_once.logps[row], logps, atol=1e-5)
