@@ -7,8 +7,8 @@
 Each peer runs in an environment of its own, which is made from pinned versions
 (peer/workers/requirements-*.txt); the same random weights, read from the same files; the same
 data; the same number of threads on the same cores. Before anything is timed all must have the same
-logits; in each task the numbers of tokens and the first loss must agree. The first run of each,
-which compiles, counts as warm-up; the others alternate between the libraries where memory suffices
+logits; in each task the numbers of tokens and the first loss must agree. The first runs of each,
+which compile, count as warm-up; the others alternate between the libraries where memory suffices
 for all of them at once. What fails is shown with its error.
 
 The settings of each are in peer/variants.py, the tasks in peer/tasks.py. FLOPs are those of the

@@ -14,6 +14,9 @@ from peer.process import Library, Worker, WorkerError, available_bytes, environm
 from peer.tasks import SIZES, TASKS, Task, work, write_data
 from peer.variants import Variant
 
+WARM_UP = {"alignjax": 2, "trl": 1, "tunix": 2}
+"""Runs before those that count. What is compiled in the first may be compiled once more in the
+second, which meets what the first has changed."""
 SAME_LOGITS = 1e-4
 """How far logits may be apart, as a share of the largest; float32."""
 
@@ -63,8 +66,9 @@ class Measured:
     prepare_s: float
     replies: list[dict[str, Any]]
 
-    def seconds(self) -> float:
-        return sum(reply["seconds"] for reply in self.replies[1:])
+    def counted(self) -> list[float]:
+        """Seconds of the runs after the warm-up."""
+        return [reply["seconds"] for reply in self.replies[WARM_UP[self.variant.library] :]]
 
 
 def spec_of(task: Task, size: str, data: Path, models: Path, variant: Variant) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def measure(bench: Bench, name: str, task: Task, size: str, chosen: Sequence[Var
 
     def again(one: Measured) -> bool:
         """One more run, unless it has had enough; False if it failed."""
-        if len(one.replies) > 1 and one.seconds() > bench.budget_s:
+        if (counted := one.counted()) and sum(counted) > bench.budget_s:
             return True
         try:
             one.replies.append(one.worker.run())
@@ -105,7 +109,8 @@ def measure(bench: Bench, name: str, task: Task, size: str, chosen: Sequence[Var
         limits = {"flops": bench.limits[f"{one.variant.dtype}_flops"], **bench.limits}
         found = rows[one.variant] = table.row(
             one.variant.library, one.variant.name, one.replies, prepare_s=one.prepare_s,
-            work=work(task, SIZES[size], one.replies[-1]["tokens"]), limits=limits,
+            num_warm_up=WARM_UP[one.variant.library], limits=limits,
+            work=work(task, SIZES[size], one.replies[-1]["tokens"]),
         )  # fmt: skip
         if bench.again and one.variant.library == "alignjax":
             worker = one.start(cold=False)
@@ -128,7 +133,8 @@ def measure(bench: Bench, name: str, task: Task, size: str, chosen: Sequence[Var
             worker = start()
             try:
                 prepare_s, _ = worker.ready()
-                one = Measured(variant, start, worker, prepare_s, [worker.run()])
+                replies = [worker.run() for _ in range(WARM_UP[variant.library])]
+                one = Measured(variant, start, worker, prepare_s, replies)
             except WorkerError as error:
                 fail(variant, error)
                 worker.close()

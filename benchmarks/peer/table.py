@@ -13,18 +13,20 @@ def row(
     replies: Sequence[Mapping[str, Any]],
     *,
     prepare_s: float,
+    num_warm_up: int,
     work: Mapping[str, float],
     limits: Mapping[str, float],
 ) -> Row:
     """What is kept of a worker's runs.
 
     Args:
-      replies: of `Gate.next`, of the first run and the others; the first is warm-up.
+      replies: of `Gate.next`, of all runs.
       prepare_s: seconds from the start of the process until it was ready.
+      num_warm_up: first runs that do not count; what they took beyond others is warm-up.
       work: `flops` and `bytes` of a run.
       limits: `flops` and `bytes` that the machine does in a second.
     """
-    first, *others = replies
+    first, others = replies[:num_warm_up], replies[num_warm_up:]
     seconds = [reply["seconds"] for reply in others]
     middle = median(seconds)
     speed = median(reply["tokens"] / reply["seconds"] for reply in others)
@@ -34,15 +36,15 @@ def row(
         "seconds": {"median": middle, "min": min(seconds), "max": max(seconds), "all": seconds},
         "tokens": [reply["tokens"] for reply in replies],
         "tokens_per_second": speed,
-        "warm_up_seconds": prepare_s + first["seconds"] - middle,
+        "warm_up_seconds": prepare_s + sum(r["seconds"] - middle for r in first),
         "peak_gib": max(reply["peak_bytes"] for reply in replies) / 2**30,
         "flops_share": work["flops"] / middle / limits["flops"] if limits["flops"] else None,
         "bytes_share": None,
     }
     if work["bytes"] and limits["bytes"]:
         found["bytes_share"] = work["bytes"] / middle / limits["bytes"]
-    if "loss" in first:
-        found["first_loss"] = first["loss"]
+    if "loss" in replies[0]:
+        found["first_loss"] = replies[0]["loss"]
     return found
 
 

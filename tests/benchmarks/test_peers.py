@@ -70,7 +70,8 @@ def test_variants_take_turns_and_what_fails_is_kept_with_its_error(bench):
     assert [(r["library"], r["variant"]) for r in rows] == [(v.library, v.name) for v in chosen]
     ours, default, best, raised, dead, late, none = rows
     for found, seconds in ((ours, 0.01), (default, 0.04), (best, 0.02)):
-        assert len(found["seconds"]["all"]) == 3 and found["tokens"] == [64] * 4
+        warm_up = measure.WARM_UP[found["library"]]
+        assert len(found["seconds"]["all"]) == 3 and found["tokens"] == [64] * (warm_up + 3)
         assert found["seconds"]["min"] >= seconds
         assert found["warm_up_seconds"] > 0 and found["peak_gib"] > 0
     assert raised["error"] == "ValueError: no such weights"
@@ -115,20 +116,25 @@ def replies(*seconds, tokens=100, loss=None):
 
 def test_the_first_run_is_warm_up_and_shares_are_of_the_median():
     found = table.row(
-        "trl", "best", replies(9.0, 2.0, 4.0, 1.0), prepare_s=5.0,
+        "trl", "best", replies(9.0, 2.0, 4.0, 1.0), prepare_s=5.0, num_warm_up=1,
         work={"flops": 3e9, "bytes": 4e6}, limits={"flops": 6e9, "bytes": 8e6},
     )  # fmt: skip
     assert found["seconds"] == {"median": 2.0, "min": 1.0, "max": 4.0, "all": [2.0, 4.0, 1.0]}
     assert found["tokens_per_second"] == 50
     assert found["warm_up_seconds"] == 5 + 9 - 2
+    found = table.row(
+        "tunix", "best", replies(9.0, 5.0, 2.0), prepare_s=5.0, num_warm_up=2,
+        work={"flops": 3e9, "bytes": 4e6}, limits={"flops": 6e9, "bytes": 8e6},
+    )  # fmt: skip
+    assert found["seconds"]["all"] == [2.0] and found["warm_up_seconds"] == 5 + (9 - 2) + (5 - 2)
     assert (found["flops_share"], found["bytes_share"], found["peak_gib"]) == (0.25, 0.25, 1.0)
 
 
 def test_what_is_not_the_same_work_is_found():
     def row(name, variant, tokens, loss):
         return table.row(
-            name, variant, replies(2.0, 1.0, tokens=tokens, loss=loss), prepare_s=0.0,
-            work={"flops": 1.0, "bytes": 0.0}, limits={"flops": 1.0, "bytes": 1.0},
+            name, variant, replies(2.0, 1.0, tokens=tokens, loss=loss),
+            prepare_s=0.0, num_warm_up=1, work={"flops": 1.0, "bytes": 0.0}, limits={"flops": 1.0, "bytes": 1.0},
         )  # fmt: skip
 
     ours = row("alignjax", "float32", 64, 7.60072)
@@ -158,7 +164,7 @@ def test_the_best_of_each_peer_is_its_default_where_that_is_all_there_is(name):
 
 def test_the_target_is_met_or_not():
     fast = table.row(
-        "alignjax", "float32", replies(1.0, 1.0), prepare_s=0.0,
+        "alignjax", "float32", replies(1.0, 1.0), prepare_s=0.0, num_warm_up=1,
         work={"flops": 1.0, "bytes": 0.0}, limits={"flops": 1.0, "bytes": 1.0},
     )  # fmt: skip
     slow = {**fast, "library": "trl", "variant": "best", "tokens_per_second": 50.0}
