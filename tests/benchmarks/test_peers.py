@@ -134,7 +134,8 @@ def test_what_is_not_the_same_work_is_found():
     def row(name, variant, tokens, loss):
         return table.row(
             name, variant, replies(2.0, 1.0, tokens=tokens, loss=loss),
-            prepare_s=0.0, num_warm_up=1, work={"flops": 1.0, "bytes": 0.0}, limits={"flops": 1.0, "bytes": 1.0},
+            prepare_s=0.0, num_warm_up=1,
+            work={"flops": 1.0, "bytes": 0.0}, limits={"flops": 1.0, "bytes": 1.0},
         )  # fmt: skip
 
     ours = row("alignjax", "float32", 64, 7.60072)
