@@ -23,6 +23,8 @@ def _row_keys(
     key: Array, num_prompts: int, num_samples: int, seeds: np.ndarray | None
 ) -> np.ndarray:
     """[B * G, 2] uint32: the key of each row."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
     total = num_prompts * num_samples
     numbers = np.arange(bucket(total), dtype=np.uint32)
     keys = jnp.broadcast_to(key, (len(numbers), *key.shape))
