@@ -72,6 +72,7 @@ def test_losses_with_chex_asserts_all_that_it_says(folder):
     assert sum(cell.source.count("assert") for cell in notebook.cells) > 40
 
 
+@pytest.mark.slow
 def test_r1_zero_trains_draws_and_answers(folder):
     seen = outputs(run(REPO / "notebooks" / "r1_zero.ipynb", folder))
     assert not [o for o in seen if o.output_type == "error"]

@@ -265,6 +265,7 @@ def resume(place):
     return text
 
 
+@pytest.mark.slow
 def test_what_the_runs_do_is_worth_resuming(uninterrupted):
     """Else equality would show nothing: both learn, evaluate, and take several roads."""
     _, sft = uninterrupted("sft")
@@ -300,7 +301,10 @@ def test_what_the_runs_do_is_worth_resuming(uninterrupted):
 
 @pytest.mark.parametrize(
     "phase",
-    [pytest.param(p, marks=pytest.mark.slow) if p in ("lora", "online") else p for p in PHASES],
+    [
+        pytest.param(p, marks=pytest.mark.slow) if p in ("lora", "online", "reward") else p
+        for p in PHASES
+    ],
 )
 def test_killed_at_random_and_during_a_save(tmp_path, uninterrupted, phase):
     place = Place(tmp_path, phase)

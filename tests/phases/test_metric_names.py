@@ -190,6 +190,7 @@ def generic(name):
     return name.replace("mine/digits", "NAME/PART").replace("mine", "NAME")
 
 
+@pytest.mark.slow
 def test_every_name_that_a_run_logs_is_explained(logged):
     explained = set(documented())
     assert len(logged) == 10
