@@ -177,7 +177,10 @@ def test_grpo_with_a_reference_that_is_the_base(world, monkeypatch, reference_ev
         _, collected = phase.collect(state, records)
         (batch,) = collected.batches
         mb = {k: v[0] for k, v in batch.items()}
-        hidden, _ = Model(SHAPE).apply(loaded, mb["tokens"], mb["segment_ids"], mb["positions"])
+        hidden, _ = Model(SHAPE).apply(
+            loaded, mb["tokens"], mb["segment_ids"], mb["positions"],
+            branches=mb.get("branches"),
+        )  # fmt: skip
         logp = jax.nn.log_softmax(Model(SHAPE).logits(loaded, hidden))
         expected = jnp.take_along_axis(logp[:, :-1], mb["tokens"][:, 1:, None], -1)[..., 0]
         targets = np.asarray(mb["mask"][:, 1:])

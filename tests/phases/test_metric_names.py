@@ -199,12 +199,14 @@ def test_every_name_that_a_run_logs_is_explained(logged):
         assert {generic(name) for name in logged[phase]} <= explained
 
 
+@pytest.mark.slow
 def test_every_name_that_is_explained_is_logged(logged):
     runs = (names for name, names in logged.items() if name != "samples")
     found = {generic(name) for name in set().union(*runs)}
     assert set(documented()) - found == {"aux_loss"}  # of models with experts: see test_sft.py
 
 
+@pytest.mark.slow
 def test_the_fields_of_samples_are_named(logged):
     text = PAGE.read_text(encoding="utf-8").partition("## samples.jsonl")[2]
     assert logged["samples"] == set(re.findall(r"`(\w+)`", text))
