@@ -141,12 +141,14 @@ def make_step(
 
     def call(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         nonlocal compiled
+        behaviour, state = state.behaviour, state._replace(behaviour=())  # It is on other devices.
         if compiled is None:
             # Left to itself the compiler may move the state, and each move compiles everything that
             # reads it once more.
             kept = jax.tree.map(lambda x: x.sharding, state)
             compiled = jax.jit(step, donate_argnums=0, out_shardings=(kept, None))
-        return compiled(state, frozen, batch)
+        state, metrics = compiled(state, frozen, batch)
+        return state._replace(behaviour=behaviour), metrics
 
     return call
 
