@@ -53,7 +53,7 @@ class Schedule(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends what is in flight."""
+        """Ends what is in flight; no state of this run can go on from here."""
         ...
 
 
@@ -123,6 +123,13 @@ class ReadAhead:
         self.delivered = self.position()
 
 
+class Job(NamedTuple):
+    """An iteration that is sampled ahead."""
+
+    weights: Params
+    found: Future[tuple[list[Rollouts], Position]]
+
+
 class Ahead:
     """Implements `Schedule`: a thread samples, on devices that do not train, `max_staleness`
     iterations ahead; with 0 training waits for it."""
@@ -131,7 +138,7 @@ class Ahead:
         self._sampler, self._sample = sampler, sample
         self._max_staleness, self._num_steps = max_staleness, num_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
-        self._in_flight: deque[Future[tuple[list[Rollouts], Position]]] = deque()
+        self._in_flight: deque[Job] = deque()
         self._next: tuple[int, Any] | None = None
 
     def begin(self, state: TrainState, params: Params) -> TrainState:
@@ -149,7 +156,7 @@ class Ahead:
         self._next = None  # Until all has gone well.
         pushed = self._sampler.weights.push(params)
         self._submit(pushed, records, key, step + self._max_staleness, version=step)
-        rounds, records.delivered = self._in_flight.popleft().result()
+        rounds, records.delivered = self._in_flight.popleft().found.result()
         self._next = step + 1, records
         return state._replace(behaviour=(*state.behaviour, pushed)[1:]), rounds
 
@@ -174,15 +181,19 @@ class Ahead:
             return rounds, records.position()
 
         if step < self._num_steps:
-            self._in_flight.append(self._thread.submit(sample))
+            self._in_flight.append(Job(weights, self._thread.submit(sample)))
 
     def _drop(self) -> None:
         for job in self._in_flight:
-            job.cancel()
+            job.found.cancel()
         self._thread.submit(lambda: None).result()  # When what has begun is done.
         self._in_flight.clear()
 
     def close(self) -> None:
+        # Without its weights the sampler ends within a few tokens: a process that is to stop may
+        # have seconds, and a round of sampling minutes to go.
+        for job in self._in_flight:
+            jax.tree.map(lambda array: array.delete(), job.weights)
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 

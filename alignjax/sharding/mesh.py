@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,7 +89,14 @@ def make_mesh(
             f"{name} {_spell(asked)} does not fit {len(devices)} device(s): the sizes must "
             f"multiply to the number of devices: {remedy}"
         )
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    num_slices = len(slices)
+    if len({*slices.values()}) > 1:
+        parts = ", ".join(map(str, slices.values()))
+        raise UserError(
+            f"{name}: {parts} devices of {num_slices} slices, which would lie along data: expected "
+            "as many of each; part them (rollout.devices) at the border of slices"
+        )
     if sizes["data"] % num_slices:
         raise UserError(
             f"{name} {_spell(asked)}: data={sizes['data']} does not divide over {num_slices} "

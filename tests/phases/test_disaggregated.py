@@ -1,6 +1,8 @@
 """Devices that sample while others train: which weights sampled what, and what they weigh."""
 
 import math
+import threading
+import time
 
 import jax
 import numpy as np
@@ -75,6 +77,7 @@ def test_samples_are_of_the_recorded_weights_and_a_run_goes_on_bit_for_bit(
         saved.append((jax.device_get(state), records.get_state()))
 
     state, seen = iterations(first, 5, before=note)
+    state = jax.device_get(state)
     first.close()
     assert staleness(seen) == [0.0, 1.0, 2.0, 2.0, 2.0] and versions(seen) == [0, 0, 0, 1, 2]
 
@@ -176,6 +179,29 @@ def test_nothing_is_sampled_that_nobody_will_train_on(world, monkeypatch):
     iterations(phase, 3)
     phase.close()
     assert len(engine.devices) == 3
+
+
+def test_a_run_that_ends_does_not_wait_for_what_is_in_flight(world, monkeypatch):
+    """Which would be a minute here."""
+    sampling = threading.Event()
+
+    def endless(params, prompts, lengths, key, sampling_of):
+        if sampling.is_set():
+            for _ in range(600):
+                time.sleep(0.1)
+                jax.block_until_ready(jax.tree.map(lambda x: x + 0, params))
+        return engine(params, prompts, lengths, key, sampling_of)
+
+    engine = FakeEngine()
+    monkeypatch.setattr(rl.rollouts, "make_generate", lambda model, **_: endless)
+    phase = make(monkeypatch, world, rollout=ONE_AHEAD, algorithm=rl.WEIGHED)
+    state, records = phase.init(jax.random.PRNGKey(0)), phase.records()
+    state, _ = phase.collect(state, records)
+    sampling.set()
+    state, _ = phase.collect(state._replace(step=state.step + 1), records)
+    start = time.monotonic()
+    phase.close()
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize(
