@@ -29,8 +29,8 @@ ROWS_PER_CHUNK = 1024
 gradient of the unembedding, at 4 KiB of float32 logits for each entry of the vocabulary."""
 _SMALLEST_CHUNK = 8
 MOST_KEPT = 2**27
-"""Logits of all chunks, on all devices together, that wait for the backward pass at most: 512 MiB of
-float32, which spare it one of four products with the unembedding."""
+"""Logits of all chunks, on all devices together, that wait for the backward pass at most: 512 MiB
+of float32, which spare it one of four products with the unembedding."""
 _NEVER = -1e4
 """Nats; exp of it is exactly 0, and 0 times it is 0, as 0 times -inf is not."""
 
