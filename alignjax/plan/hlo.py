@@ -25,7 +25,7 @@ class Costs:
     """Read from and written to the device's memory."""
     collectives: list[Collective] = field(default_factory=list)
     unknown_loops: list[str] = field(default_factory=list)
-    """Loops of which nothing says how often they turn: counted as if once."""
+    """Loops of which nothing says how often they turn: counted `unknown_trips` times."""
     unknown_kernels: list[str] = field(default_factory=list)
     """Custom calls on floats of which nothing says what they compute: no FLOPs counted."""
 
@@ -45,6 +45,7 @@ def count(
     *,
     devices_per_slice: int | None = None,
     coords: Sequence[Sequence[int]] | None = None,
+    unknown_trips: float = 1,
 ) -> Costs:
     """The costs of one device in one call.
 
@@ -60,11 +61,12 @@ def count(
         order of the mesh; None: all. TPU programs of several slices say themselves what crosses.
       coords: where each device is in the torus, in the order of the mesh. Without it collectives
         say nothing of the links that they can use.
+      unknown_trips: how often a loop turns of which nothing says it (see `hlo_loops.trips`).
     Raises:
       ValueError: if the text is not such HLO.
     """
     module = parse(text)
-    counter = _Counter(module, devices_per_slice, coords)
+    counter = _Counter(module, devices_per_slice, coords, unknown_trips)
     return counter.outside(module.computations[module.entry])
 
 
@@ -73,6 +75,7 @@ class _Counter:
     module: Module
     devices_per_slice: int | None
     coords: Sequence[Sequence[int]] | None
+    unknown_trips: float
     known: dict[str, Costs] = field(default_factory=dict)
 
     def outside(self, computation: Computation) -> Costs:
@@ -89,7 +92,8 @@ class _Counter:
             number = trips(self.module, computation, each)
             if number is None:
                 costs.unknown_loops.append(each.name)
-            costs.add(self.outside(self._called(each, "body")), 1 if number is None else number)
+                number = self.unknown_trips
+            costs.add(self.outside(self._called(each, "body")), number)
         elif each.opcode == "conditional":
             branches = [self.outside(branch) for branch in self._branches(each)]
             costs.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))

@@ -53,7 +53,8 @@ def _of_mesh(mesh: str, device_ids: str | None, axes: str) -> list[list[int]]:
     parts: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
     for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", axes):
         parts[name].append((int(before or 1), int(size or sizes[name])))
-    shape, inside = [], []
+    shape: list[int] = []
+    inside: list[int] = []
     for name, full in sizes.items():
         done = 1
         for before, size in sorted(parts[name]):

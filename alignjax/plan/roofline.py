@@ -45,7 +45,7 @@ def estimate(costs: Costs, chip: Chip) -> Time:
         "DCN": sum(_dcn_s(each, chip) for each in costs.collectives),
     }
     bound = max(times, key=lambda name: times[name])
-    return Time(*times.values(), bound, times[bound])
+    return Time(times["compute"], times["HBM"], times["ICI"], times["DCN"], bound, times[bound])
 
 
 def _ici_s(each: Collective, chip: Chip) -> float:
