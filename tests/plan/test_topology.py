@@ -50,9 +50,7 @@ def test_what_is_no_name(text, slices, message):
 def test_without_the_compiler_for_tpus(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     environment = {}
-    with pytest.raises(
-        UserError, match=r"libtpu, is not installed: pip install 'alignjax\[plan\]'"
-    ):
+    with pytest.raises(UserError, match=r"is not installed: pip install 'alignjax\[plan\]'"):
         prepare(Topology.parse("v5e:4x4"), environment)
     assert environment == {}
 
