@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
+from alignjax.core.types import Params
+from alignjax.train.state import TrainState
+from alignjax.train.step import Batch, Step
+
 PARAMS, OPTIMIZER, FROZEN = "parameters", "optimizer", "frozen base"
 REFERENCE, BATCH, KV, OTHER = "reference", "batch", "KV cache", "other"
+STATE = TrainState(OTHER, PARAMS, OPTIMIZER, OTHER, REFERENCE, OTHER)
+"""The roles of a state's parts."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +29,8 @@ class Program:
       roles: what the arguments are: names in a pytree that is a prefix of the tuple of them.
       resident: by role, what lies on the devices while it runs, among the arguments or not.
       times: how often it runs in an iteration of the loop.
-      dynamic_trips: turns of its loops whose number depends on data.
       gradients: what it computes that has the shape of these: gradients, a part of its temporaries.
+      model_flops: what its mathematics takes on all devices (`plan.work`); 0 where nobody asks.
     """
 
     name: str
@@ -31,8 +38,11 @@ class Program:
     roles: tuple[Any, ...]
     resident: Mapping[str, Any]
     times: float = 1.0
-    dynamic_trips: int = 1
     gradients: Any = None
+    model_flops: float = 0.0
+
+    def with_flops(self, model_flops: float) -> Program:
+        return dataclasses.replace(self, model_flops=model_flops)
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,28 @@ class Programs:
     notes: list[str] = field(default_factory=list)
 
 
-def state_roles() -> Any:
-    """Of a `TrainState`."""
-    from alignjax.train.state import TrainState
+def train_step(
+    step: Step,
+    state: TrainState,
+    batch: Batch,
+    frozen: Params | None,
+    *,
+    roles: TrainState = STATE,
+    times: float = 1.0,
+    beside: Mapping[str, Any] | None = None,
+) -> Program:
+    """An update.
 
-    return TrainState(OTHER, PARAMS, OPTIMIZER, OTHER, REFERENCE, OTHER)
+    Args:
+      frozen: what it is given besides, such as the base under LoRA.
+      beside: by role, what else lies on the devices.
+    """
+    resident = {PARAMS: state.params, OPTIMIZER: state.opt_state, FROZEN: frozen, **(beside or {})}
+    return Program(
+        "train step",
+        lambda: step.lower(state, batch),
+        (roles, FROZEN, BATCH),
+        resident,
+        times=times,
+        gradients=state.params,
+    )

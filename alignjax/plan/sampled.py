@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,13 +18,12 @@ from alignjax.phases import ppo as ppo_phase
 from alignjax.phases.critic import CRITICS, separate_values
 from alignjax.phases.grpo_config import GrpoConfig, RlConfig
 from alignjax.phases.ppo_config import PpoConfig
-from alignjax.phases.ppo_rows import numbered, with_texts
+from alignjax.phases.ppo_rows import with_texts
 from alignjax.phases.ppo_state import Extra
 from alignjax.phases.rollouts import Rows
 from alignjax.phases.sample_config import ResponsesConfig
 from alignjax.phases.scoring import scored_shape
 from alignjax.plan import weights
-from alignjax.plan.given import chunks
 from alignjax.plan.programs import (
     BATCH,
     FROZEN,
@@ -33,191 +31,169 @@ from alignjax.plan.programs import (
     OTHER,
     PARAMS,
     REFERENCE,
+    STATE,
     Program,
     Programs,
-    state_roles,
+    train_step,
 )
 from alignjax.plan.sampling import sampling
 from alignjax.plan.shapes import Shapes
+from alignjax.plan.work import forward_flops, train_flops
 from alignjax.rewards.combine import RewardConfig
-from alignjax.sharding import batch_shards
 from alignjax.train.step import Batch
 
 CRITIC = "critic"
+Scorers = list[tuple[str, Any, Any]]
+"""Reward models: name, model and parameters of each."""
 
 
 def grpo(config: GrpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     """Sampling, rewards, log-probs of the reference, and updates."""
     _check(config)
     policy = weights.policy(config.model, shapes.of_source(config.model, config), mesh)
-    algorithm, limits = config.algorithm, config.rollout
-    functions = grpo_phase.make_functions(config, policy.model, mesh, policy.frozen)
-    has_own = algorithm.kl_coef > 0 and (policy.frozen is None or algorithm.reference_every > 0)
+    algorithm, frozen, whole = config.algorithm, policy.frozen, policy.whole(policy.params)
+    functions = grpo_phase.make_functions(config, policy.model, mesh, frozen)
+    has_own = algorithm.kl_coef > 0 and (frozen is None or algorithm.reference_every > 0)
     reference = policy.params if has_own else None
+    ref_role, ref_params = (REFERENCE, whole) if has_own else (FROZEN, frozen)
     state = weights.train_state(
-        policy.params, functions.optimizer, mesh,
+        policy.params,
+        functions.optimizer,
+        mesh,
         reference=reference if algorithm.reference_every else None,
-    )  # fmt: skip
+    )
+    scorers, models = _rewards(config.rewards, mesh, shapes)
+    beside = {REFERENCE: reference, **models}
+    resident = {PARAMS: policy.params, OPTIMIZER: state.opt_state, FROZEN: frozen, **beside}
     layout = Rows.shared_where(config, mesh)
-    host = _packed(layout, advantages=np.zeros(2, np.float32))
-    resident = {
-        PARAMS: policy.params, OPTIMIZER: state.opt_state, FROZEN: policy.frozen,
-        REFERENCE: reference,
-    }  # fmt: skip
-    scorers, models = _rewards(config.rewards, mesh, shapes, _longest(config))
-    resident |= models
-    whole = policy.whole(policy.params)
-    if has_own:
-        ref_params, ref_role = policy.whole(policy.params), REFERENCE
-    else:
-        ref_params, ref_role = policy.frozen, FROZEN
-    trips = _chunks(layout, config, mesh)
-    updates = algorithm.num_updates * algorithm.num_minibatches
     found = _rollouts(config, policy, mesh, resident, scorers)
-    batch = weights.batch(host, mesh)
-    scored = {"dynamic_trips": trips, "times": algorithm.num_minibatches}
+
+    def scoring(name: str, function: Any, role: str, params: Any, rows: Any, times: int) -> Program:
+        lower = lambda: function.lower(params, rows)  # noqa: E731
+        return Program(name, lower, (role, BATCH), resident, times=times)
+
+    parts = algorithm.num_minibatches
+    batch = weights.batch(_rows_of(layout, "old_logps", "advantages"), mesh)
     if algorithm.kl_coef > 0 and algorithm.kl_in_reward:
-        every = _packed(layout, algorithm.num_minibatches, index=np.zeros(2, np.int32))
-        del every["index"]
-        all_rows = weights.batch(every, mesh)
+        every = weights.batch(_rows_of(layout, "old_logps", num_updates=parts), mesh)
         found.append(
-            Program(
-                "reference scoring", lambda: functions.ref_logps.lower(ref_params, all_rows),
-                (ref_role, BATCH), resident, dynamic_trips=trips,
-            )
-        )  # fmt: skip
-    if algorithm.old_logps == "trainer":
-        rows = {**batch, "sampler_logps": batch["old_logps"]}
-        found.append(
-            Program(
-                "old log-probs", lambda: functions.logps.lower(whole, rows), (PARAMS, BATCH),
-                resident, **scored,
-            )
-        )  # fmt: skip
-        batch = rows
-    if algorithm.has_kl_in_loss and not functions.has_joint_reference:
-        given = batch
-        found.append(
-            Program(
-                "reference scoring", lambda: functions.ref_logps.lower(ref_params, given),
-                (ref_role, BATCH), resident, **scored,
-            )
-        )  # fmt: skip
-        batch = {**batch, "ref_logps": batch["old_logps"]}
-    found.append(
-        Program(
-            "train step", lambda: functions.step.lower(state, batch), (state_roles(), FROZEN, BATCH),
-            resident, times=updates, dynamic_trips=trips, gradients=policy.params,
+            scoring("reference scoring", functions.ref_logps, ref_role, ref_params, every, 1)
         )
-    )  # fmt: skip
-    return Programs(found, _num_tokens(config), config.loop.steps, list(_NOTES))
+    if algorithm.old_logps == "trainer":
+        batch = {**batch, "sampler_logps": batch["old_logps"]}
+        found.append(scoring("old log-probs", functions.logps, PARAMS, whole, batch, parts))
+    if algorithm.has_kl_in_loss and not functions.has_joint_reference:
+        found.append(
+            scoring("reference scoring", functions.ref_logps, ref_role, ref_params, batch, parts)
+        )
+        batch = {**batch, "ref_logps": batch["old_logps"]}
+    times = algorithm.num_updates * parts
+    step = train_step(functions.step, state, batch, frozen, times=times, beside=beside)
+    num_tokens = _num_tokens(config)
+    flops = train_flops(
+        policy.model.config, _longest(config), num_tokens / parts, lora=frozen is not None
+    )
+    return Programs([*found, step.with_flops(flops)], num_tokens, config.loop.steps, list(_NOTES))
 
 
 def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     """Sampling, rewards, what reference and critic say, advantages, and updates."""
     _check(config)
     policy = weights.policy(config.model, shapes.of_source(config.model, config), mesh)
-    algorithm = config.algorithm
-    critic, critic_params = _critic(config, policy, mesh, shapes)
-    functions = ppo_phase.make_functions(config, policy.model, critic, mesh, policy.frozen)
+    algorithm, frozen, parts = config.algorithm, policy.frozen, config.num_minibatches
+    critic, critic_shape, critic_params = _critic(config, policy, mesh, shapes)
+    functions = ppo_phase.make_functions(config, policy.model, critic, mesh, frozen)
     params = {"policy": policy.params, critic.name: critic_params}
+    roles = {"policy": PARAMS, critic.name: CRITIC}
     extra = Extra(KlControl(jnp.float32(0)), losses.init_moments())
     state = weights.train_state(params, functions.optimizer, mesh, extra=extra)
-    is_lora = policy.frozen is not None
-    reference = None if is_lora else policy.params
-    resident = {
-        PARAMS: policy.params, CRITIC: critic_params, OPTIMIZER: state.opt_state,
-        FROZEN: policy.frozen, REFERENCE: reference,
-    }  # fmt: skip
-    scorers, models = _rewards(config.rewards, mesh, shapes, _longest(config))
-    resident |= models
-    layout = Rows.of(config, mesh)
-    trips = _chunks(layout, config, mesh)
-    one = {"tokens": np.zeros(2, np.int32), "mask": np.array([False, True]),
-           "old_logps": np.zeros(2, np.float32)}  # fmt: skip
-    packed = layout.pack(numbered([one], np.zeros(1)), config.num_minibatches)
-    del packed["index"]
-    batch = weights.batch(packed, mesh)
-    whole = {**params, "policy": policy.whole(policy.params)}
-    roles = {"policy": PARAMS, critic.name: CRITIC}
-    found = _rollouts(config, policy, mesh, resident, scorers)
-    if algorithm.old_logps == "trainer":
-        batch = {**batch, "sampler_logps": batch["old_logps"]}
-        rows = batch
-        found.append(
-            Program(
-                "old log-probs", lambda: functions.logps.lower(whole["policy"], rows),
-                (PARAMS, BATCH), resident, dynamic_trips=trips,
-            )
-        )  # fmt: skip
-    num_rows, row_len = layout.num_rows * config.num_minibatches, layout.row_len
-    flat = [
-        jax.ShapeDtypeStruct((num_rows, row_len), kind)
-        for kind in (*[np.float32] * 4, np.bool_, np.int32)
-    ]
-    flat = [*weights.batch(dict(enumerate(flat)), mesh, 0).values()]  # type: ignore[arg-type]
-    coefficient = weights.replicated(jax.ShapeDtypeStruct((), np.float32), mesh)
-    update = {
-        **_packed(layout),
-        **{name: np.zeros(_shape(layout), np.float32) for name in _EXPERIENCE},
+    scorers, models = _rewards(config.rewards, mesh, shapes)
+    beside = {
+        PARAMS: policy.params,
+        CRITIC: critic_params,
+        REFERENCE: policy.params if frozen is None else None,
+        **models,
     }
+    resident = {**beside, OPTIMIZER: state.opt_state, FROZEN: frozen}
+    layout = Rows.of(config, mesh)
+    own = ["old_logps", *(["sampler_logps"] if algorithm.old_logps == "trainer" else [])]
+    every = weights.batch(_rows_of(layout, *own, "scores", num_updates=parts), mesh)
+    whole = {**params, "policy": policy.whole(policy.params)}
+    found = _rollouts(config, policy, mesh, resident, scorers)
+
+    def scoring(name: str, function: Any, role: Any, params: Any) -> Program:
+        return Program(name, lambda: function.lower(params, every), (role, BATCH), resident)
+
     if algorithm.old_logps == "trainer":
-        update["sampler_logps"] = update["old_logps"]
-    if config.ptx is not None:
-        shape = layout.num_parts, config.ptx.rows, layout.row_len
-        texts = {"tokens": np.zeros(shape, np.int32), "mask": np.ones(shape, bool),
-                 "segment_ids": np.ones(shape, np.int32), "positions": np.zeros(shape, np.int32)}  # fmt: skip
-        update = with_texts({**update, "mask": np.ones(_shape(layout), bool)}, texts)
-    rows_of_update = weights.batch(update, mesh)
-    ref_params = policy.frozen if is_lora else policy.params
+        found.append(scoring("old log-probs", functions.logps, PARAMS, whole["policy"]))
+    is_lora = frozen is not None
+    reference = scoring(
+        "reference scoring",
+        functions.ref_logps,
+        FROZEN if is_lora else REFERENCE,
+        frozen if is_lora else policy.params,
+    )
+    flat = (parts * layout.num_rows, layout.row_len)
+    kinds = [*[np.float32] * 4, np.bool_, np.int32]  # As `experience` takes them.
+    tokens = {str(i): jax.ShapeDtypeStruct(flat, kind) for i, kind in enumerate(kinds)}
+    arrays = weights.batch(tokens, mesh, 0).values()
+    kl_coef = weights.replicated(jax.ShapeDtypeStruct((), np.float32), mesh)
+    advantages = Program(
+        "advantages",
+        lambda: functions.experience.lower(*arrays, kl_coef),  # type: ignore[attr-defined]
+        (*[BATCH] * len(kinds), OTHER),
+        resident,
+    )
+    step = train_step(
+        functions.step,
+        state,
+        weights.batch(_update(config, layout, own), mesh),
+        None if frozen is None else {"policy": frozen},
+        roles=STATE._replace(params=roles),
+        times=algorithm.num_epochs * parts,
+        beside=beside,
+    )
+    num_tokens, longest = _num_tokens(config), _longest(config)
+    flops = train_flops(policy.model.config, longest, num_tokens / parts, lora=is_lora)
+    if critic_shape is not None:
+        flops += train_flops(critic_shape, longest, num_tokens / parts, unembed=False)
     found += [
-        Program(
-            "reference scoring", lambda: functions.ref_logps.lower(ref_params, batch),
-            (FROZEN if is_lora else REFERENCE, BATCH), resident, dynamic_trips=trips,
-        ),
-        Program(
-            "critic scoring", lambda: functions.values.lower(whole, batch), (roles, BATCH),
-            resident,
-        ),
-        Program(
-            "advantages", lambda: functions.experience.lower(*flat, coefficient),
-            (*[BATCH] * len(flat), OTHER), resident,
-        ),
-        Program(
-            "train step", lambda: functions.step.lower(state, rows_of_update),
-            (state_roles()._replace(params=roles), FROZEN, BATCH), resident,
-            times=algorithm.num_epochs * config.num_minibatches, dynamic_trips=trips,
-            gradients=params,
-        ),
-    ]  # fmt: skip
-    return Programs(found, _num_tokens(config), config.loop.steps, list(_NOTES))
+        reference.with_flops(num_tokens * forward_flops(policy.model.config, longest)),
+        scoring("critic scoring", functions.values, roles, whole),
+        advantages,
+        step.with_flops(flops),
+    ]
+    return Programs(found, num_tokens, config.loop.steps, list(_NOTES))
 
 
 def responses(config: ResponsesConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     """Phases sample and reject: completions of a batch of prompts, and their rewards."""
-    limits, rewards = config.rollout, getattr(config, "rewards", None)
+    limits = config.rollout
     model = weights.loaded(shapes.of(config.model.path), mesh, compute=config.model.compute_dtype)
-    longest = limits.max_prompt_tokens + limits.max_tokens
-    scorers, models = _rewards(rewards, mesh, shapes, longest)
+    scorers, models = _rewards(getattr(config, "rewards", None), mesh, shapes)
     resident = {PARAMS: model.params, **models}
     found = sampling(
-        model.model, model.params, limits, mesh, resident,
-        num_samples=limits.num_samples, repetition_penalty=limits.repetition_penalty,
-    )  # fmt: skip
+        model.model,
+        model.params,
+        limits,
+        mesh,
+        resident,
+        num_samples=limits.num_samples,
+        repetition_penalty=limits.repetition_penalty,
+    )
+    longest = limits.max_prompt_tokens + limits.max_tokens
     total = limits.num_prompts * limits.num_samples
-    found += [_scoring(*scorer, mesh, resident, longest, total) for scorer in scorers]
-    most = config.data.num_prompts
-    steps = 1 if most is None else -(-most // limits.num_prompts)
-    notes = list(_NOTES)
+    found += [_scoring(scorer, mesh, resident, longest, total) for scorer in scorers]
+    most, notes = config.data.num_prompts, list(_NOTES)
     if most is None:
         notes.append("how many prompts there are the data say: one batch of them is counted")
+    steps = 1 if most is None else -(-most // limits.num_prompts)
     return Programs(found, float(total * longest), steps, notes)
 
 
-_EXPERIENCE = ("returns", "advantages", "old_values")
 _NOTES = (
-    "prompts and completions are taken to be as long as they may be, and one round of sampling to "
-    "an iteration",
+    "prompts and completions are taken to be as long as they may be, one round of sampling to an "
+    "iteration, and each token of a row to be a target",
 )
 
 
@@ -230,77 +206,88 @@ def _check(config: RlConfig) -> None:
 
 
 def _rollouts(
-    config: RlConfig, policy: weights.Weights, mesh: Mesh, resident: dict[str, Any], scorers: Any
+    config: RlConfig,
+    policy: weights.Weights,
+    mesh: Mesh,
+    resident: dict[str, Any],
+    scorers: Scorers,
 ) -> list[Program]:
     """Sampling by the policy, and the reward models that score it."""
-    limits = config.rollout
-    whole = policy.whole(policy.params)
+    limits, whole = config.rollout, policy.whole(policy.params)
     found = sampling(policy.model, whole, limits, mesh, resident, num_samples=limits.group_size)
     total = limits.num_prompts * limits.group_size
-    longest = _longest(config)
-    return found + [_scoring(*scorer, mesh, resident, longest, total) for scorer in scorers]
+    return found + [_scoring(one, mesh, resident, _longest(config), total) for one in scorers]
 
 
 def _rewards(
-    config: RewardConfig | None, mesh: Mesh, shapes: Shapes, longest: int
-) -> tuple[list[tuple[str, Any, Any]], dict[str, Any]]:
-    """Name, model and parameters of each reward model; and the parameters by their role."""
-    found = []
-    for name, model in ({} if config is None else config.models).items():
-        found.append((name, *weights.reward_model(model, shapes.of(model.path), mesh)))
+    config: RewardConfig | None, mesh: Mesh, shapes: Shapes
+) -> tuple[Scorers, dict[str, Any]]:
+    """The reward models; and their parameters by their role."""
+    found = [
+        (name, *weights.reward_model(model, shapes.of(model.path), mesh))
+        for name, model in ({} if config is None else config.models).items()
+    ]
     return found, {f"reward {name}": params for name, _, params in found}
 
 
 def _scoring(
-    name: str, model: Any, params: Any, mesh: Mesh, resident: dict[str, Any], longest: int,
-    num_texts: int,
-) -> Program:  # fmt: skip
+    scorer: tuple[str, Any, Any], mesh: Mesh, resident: Any, longest: int, num_texts: int
+) -> Program:
+    """As `phases.scoring.RewardModel` scores so many texts."""
+    name, model, params = scorer
     num_rows, row_len = scored_shape(longest, mesh)
     tokens = np.zeros((num_rows, row_len), np.int32)
-    rows = weights.batch(dict.fromkeys(("tokens", "segments", "positions"), tokens), mesh, 0)
-    in_row = max(1, row_len // longest)
+    rows = weights.batch(dict.fromkeys(("tokens", "segment_ids", "positions"), tokens), mesh, 0)
     return Program(
-        f"reward {name}", lambda: jax.jit(model.apply).lower(params, *rows.values()),
-        (f"reward {name}", BATCH, BATCH, BATCH), resident,
-        times=-(-num_texts // (in_row * num_rows)),
-    )  # fmt: skip
+        f"reward {name}",
+        lambda: jax.jit(model.apply).lower(params, *rows.values()),
+        (f"reward {name}", BATCH, BATCH, BATCH),
+        resident,
+        times=-(-num_texts // (num_rows * max(1, row_len // longest))),
+        model_flops=num_rows
+        * row_len
+        * forward_flops(model.decoder.config, row_len, unembed=False),
+    )
 
 
 def _critic(
     config: PpoConfig, policy: weights.Weights, mesh: Mesh, shapes: Shapes
-) -> tuple[Any, Any]:
-    """What `phases.critic` makes, without weights: a critic, and its parameters."""
+) -> tuple[Any, Any, Any]:
+    """What `phases.critic` makes, without weights: a critic, the shape of its own trunk if it has
+    one, and its parameters."""
     if config.critic.trunk == "shared":
-        critic = CRITICS["shared"](config, policy, mesh)
-        head = jax.eval_shape(functools.partial(critic.init, None), jax.random.PRNGKey(0))
-        return critic, weights.replicated(head, mesh)
-    path = None if config.critic.from_policy else config.critic.path
+        shared = CRITICS["shared"](config, policy, mesh)
+        head = jax.eval_shape(lambda: shared.init({}, jax.random.PRNGKey(0)))
+        return shared, None, weights.replicated(head, mesh)
+    path = config.critic.path
     if path is None and not config.critic.from_policy:
         path = next((model.path for model in config.rewards.models.values()), None)
-    source = config.model.model_copy(update={"lora": None, "quantize": None, "adapter": None})
     shape = policy.model.config if path is None else shapes.of(path)
+    # All of it trains, under LoRA too.
+    source = config.model.model_copy(update={"lora": None, "quantize": None, "adapter": None})
     model, found = weights.scalar(weights.policy(source, shape, mesh), mesh)
 
     def values(params: Any, batch: Batch, hidden: Any) -> Any:
         return separate_values(model, params[CRITIC], batch)
 
-    return SimpleNamespace(name=CRITIC, values=values), found.params
+    return SimpleNamespace(name=CRITIC, values=values), shape, found.params
 
 
-def _packed(layout: Rows, num_updates: int = 1, **more: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of an update as `Rows.pack` lays them out, almost empty."""
-    one = {"tokens": np.zeros(2, np.int32), "mask": np.array([False, True]),
-           "old_logps": np.zeros(2, np.float32), **more}  # fmt: skip
+def _rows_of(layout: Rows, *names: str, num_updates: int = 1) -> dict[str, np.ndarray]:
+    """Rows of updates as `Rows.pack` lays them out, almost empty, with arrays of these names."""
+    one = {"tokens": np.zeros(2, np.int32), "mask": np.array([False, True])}
+    one |= {name: np.zeros(2, np.float32) for name in names}
     return layout.pack([one], num_updates)
 
 
-def _shape(layout: Rows) -> tuple[int, int, int]:
-    return layout.num_parts, layout.num_rows // layout.num_parts, layout.row_len
-
-
-def _chunks(layout: Rows, config: RlConfig, mesh: Mesh) -> int:
-    rows_each = layout.num_rows // layout.num_parts // batch_shards(mesh)
-    return chunks(config.rollout.max_tokens * layout.num_sharing, layout.row_len, rows_each)
+def _update(config: PpoConfig, layout: Rows, names: list[str]) -> dict[str, np.ndarray]:
+    """The rows of an update of PPO, with those of texts where there are any."""
+    rows = _rows_of(layout, *names, "returns", "advantages", "old_values")
+    if config.ptx is None:
+        return rows
+    shape = layout.num_parts, config.ptx.rows, layout.row_len
+    kinds = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "mask": np.bool_}
+    return with_texts(rows, {name: np.ones(shape, kind) for name, kind in kinds.items()})
 
 
 def _longest(config: RlConfig) -> int:

@@ -1,4 +1,4 @@
-"""What the rollout engine compiles for calls of one size, and how often each program runs in one."""
+"""What the rollout engine compiles for calls of one size, and how often each program runs."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def sampling(
         replicated(rows.seats, mesh),
     )  # fmt: skip
     waves = total / num_rows  # Slots are filled again as rows end.
-    num_steps = limits.max_tokens * max(1.0, waves)
+    num_calls = limits.max_tokens * max(1.0, waves) / decode.STEPS
     late = _share_of_late(ladder)
 
     def advance(rows: Any) -> jax.stages.Lowered:
@@ -113,15 +113,16 @@ def sampling(
             times=1 if waves <= 1 else 4 * waves,  # A quarter of the slots is filled at a time.
         ),
         Program(
-            "decode", lambda: advance(full), decoding, kept, times=num_steps * late,
+            f"decode {decode.STEPS} tokens", lambda: advance(full), decoding, kept,
+            times=num_calls * late,
         ),
     ]  # fmt: skip
     if ladder.first_capacity < ladder.capacity:
         half = _with_capacity(model, rows, ladder.capacity // 2, mesh, is_int8=limits.int8_kv)
         found += [
             Program(
-                "decode, short cache", lambda: advance(first), decoding,
-                {**resident, KV: (prompts, first)}, times=num_steps * (1 - late),
+                "the same, short cache", lambda: advance(first), decoding,
+                {**resident, KV: (prompts, first)}, times=num_calls * (1 - late),
             ),
             Program(
                 "grow the cache",

@@ -24,17 +24,17 @@ class Shapes:
     def __init__(self, given: Mapping[str, Path] | None = None):
         """Args: given: path of a model -> the config.json to take for it."""
         self._models: dict[str, ModelConfig] = {}
+        self._stages: dict[str, PhaseConfig] = {}
         self._vocab_sizes: dict[str, int] = {}
         for path, file in (given or {}).items():
             self._models[path] = _read(file)
 
-    def add_model(self, path: str, shape: ModelConfig) -> None:
-        """A directory that a stage is going to write: a model, with a tokenizer."""
-        self._models[path] = shape
-        self.add_tokenizer(path, shape.vocab_size)
+    def add_stage(self, path: str, config: PhaseConfig) -> None:
+        """The directory of a model, with a tokenizer, that a phase is going to write."""
+        self._stages[path] = config
 
     def add_tokenizer(self, path: str, vocab_size: int) -> None:
-        """The same of a tokenizer alone."""
+        """A directory with a tokenizer that a stage is going to write."""
         self._vocab_sizes[path] = vocab_size
 
     def of(self, path: str) -> ModelConfig:
@@ -43,7 +43,10 @@ class Shapes:
         Raises:
           UserError: if nothing says what it is; and as `models.load` does.
         """
-        if path not in self._models:
+        if path not in self._models and path in self._stages:
+            writer = self._stages[path]
+            self._models[path] = self.of_source(writer.model, writer)
+        elif path not in self._models:
             here = Path(path).expanduser()
             shipped = _shipped(path)
             file = here / CONFIG
@@ -70,6 +73,8 @@ class Shapes:
         return ModelConfig(**values)
 
     def _vocab_size(self, where: str) -> int:
+        if where in self._stages:
+            return self.of(where).vocab_size
         if where not in self._vocab_sizes:
             try:
                 self._vocab_sizes[where] = load_tokenizer(where).vocab_size

@@ -1,4 +1,4 @@
-"""`v5e:16x16` -> the devices of such a slice, which need not be there: what programs are compiled for.
+"""`v5e:16x16` -> the devices of such a slice, which need not be there: what is compiled for.
 
 Nothing here imports jax before `prepare` has set what it reads from the environment once.
 """
@@ -107,6 +107,8 @@ def prepare(topology: Topology, environment: MutableMapping[str, str] = os.envir
     environment["JAX_PLATFORMS"] = "cpu"
     # Else libtpu asks the cloud what machine this is, and waits for an answer.
     environment["TPU_SKIP_MDS_QUERY"] = "1"
+    # Else one process of a machine may load it, which is for those that hold a TPU.
+    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     environment.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     environment.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 

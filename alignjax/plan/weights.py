@@ -156,7 +156,7 @@ def _parameters(model: Model, param_dtype: str, mesh: Mesh) -> Params:
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The keys of dicts in a path; fields of states and of what moments are made of do not count."""
+    """The keys of dicts in a path; fields of states and of codes do not count."""
     return tuple(part.key for part in path if isinstance(part, DictKey))
 
 
