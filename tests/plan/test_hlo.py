@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from alignjax.core.loops import turning
+from alignjax.losses import vocabulary
 from alignjax.losses.logprob import next_token_logps
 from alignjax.models.kernels.chunked import chunked_attention
 from alignjax.plan.hlo import Collective, count
@@ -78,8 +79,11 @@ def test_a_loop_that_ends_by_its_data_turns_as_often_as_its_name_says():
         turning(0)
 
 
-def test_the_loops_over_chunks_of_logits_are_named():
-    rows, time, width, vocab = 2, 32, 16, 64
+@pytest.mark.parametrize(("most_kept", "products"), [(0, 4), (2**20, 3)])
+def test_the_loops_over_chunks_of_logits_are_named(monkeypatch, most_kept, products):
+    """Logits, logits again where they are not kept, and what flows back to the two factors."""
+    monkeypatch.setattr(vocabulary, "MOST_KEPT", most_kept)
+    rows, time, width, vocab = 2, 32, 16, 8 * products  # Shapes of their own: nothing is cached.
 
     def loss(hidden, unembedding):
         tokens = jnp.ones((rows, time), int)
@@ -88,8 +92,7 @@ def test_the_loops_over_chunks_of_logits_are_named():
 
     gradient = jax.value_and_grad(loss, (0, 1))
     costs = compiled(gradient, (rows, time, width), (width, vocab))
-    # Logits, logits again, and what flows back to the two that they are made of.
-    assert costs.flops == 4 * 2 * rows * time * width * vocab and not costs.unknown_loops
+    assert costs.flops == products * 2 * rows * time * width * vocab and not costs.unknown_loops
 
 
 @pytest.mark.parametrize("keys", [256, 384])
