@@ -287,7 +287,7 @@ frontend_attributes={chain_id="1"}
 custom_call_target="AsyncCollectiveStart"
 }
 
-%gather_on (a: f32[4], b: f32[16], u: u32[], x: f32[8,8]) -> (f32[8,8], f32[16]) {
+%gather_on (a: f32[4], b: f32[16], u: u32[], x: f32[8,8]) -> (f32[8,8], f32[4], f32[16]) {
   %a = f32[4]{0} parameter(0)
   %b = f32[16]{0} parameter(1)
   %u = u32[]{:S(2)} parameter(2)
@@ -295,7 +295,7 @@ custom_call_target="AsyncCollectiveStart"
   %v = f32[8,8]{1,0} convolution(%x, %x), dim_labels=bf_io->bf
   %g = f32[16]{0} all-gather(%a), channel_id=7, replica_groups=[4,4]<=[16], \
 frontend_attributes={chain_id="1"}
-  ROOT %t = (f32[8,8]{1,0}, f32[16]{0}) tuple(%v, %g)
+  ROOT %t = (f32[8,8]{1,0}, f32[4]{0}, f32[16]{0}) tuple(%v, %a, %g)
 }
 
 %all-reduce-scatter.1 (y: f32[8,8]) -> f32[2,8] {
@@ -315,7 +315,7 @@ def test_collectives_that_tpus_fuse_with_products():
         " calls=%gather_start",
         "  %b = f32[16]{0} get-tuple-element(%s), index=1",
         "  %u = u32[]{:S(2)} get-tuple-element(%s), index=2",
-        "  %o = (f32[8,8]{1,0}, f32[16]{0}) fusion(%p, %b, %u, %x), kind=kCustom, calls=%gather_on",
+        "  %o = (f32[8,8]{1,0}, f32[4]{0}, f32[16]{0}) fusion(%p, %b, %u, %x), kind=kCustom, calls=%gather_on",
         "  %v = f32[8,8]{1,0} get-tuple-element(%o), index=0",
         "  ROOT %r = f32[2,8]{1,0} fusion(%v), kind=kCustom, calls=%all-reduce-scatter.1",
         before=FUSED,
