@@ -315,7 +315,8 @@ def test_collectives_that_tpus_fuse_with_products():
         " calls=%gather_start",
         "  %b = f32[16]{0} get-tuple-element(%s), index=1",
         "  %u = u32[]{:S(2)} get-tuple-element(%s), index=2",
-        "  %o = (f32[8,8]{1,0}, f32[4]{0}, f32[16]{0}) fusion(%p, %b, %u, %x), kind=kCustom, calls=%gather_on",
+        "  %o = (f32[8,8]{1,0}, f32[4]{0}, f32[16]{0}) fusion(%p, %b, %u, %x), kind=kCustom,"
+        " calls=%gather_on",
         "  %v = f32[8,8]{1,0} get-tuple-element(%o), index=0",
         "  ROOT %r = f32[2,8]{1,0} fusion(%v), kind=kCustom, calls=%all-reduce-scatter.1",
         before=FUSED,
