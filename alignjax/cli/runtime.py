@@ -1,10 +1,11 @@
-"""JAX for the command line: processes that belong together, compilations kept on disk."""
+"""JAX for the command line: processes that belong together, compilations and memory kept."""
 
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
+from alignjax.core.allocator import keep_freed_memory
 from alignjax.core.errors import UserError
 
 HEARTBEAT_SECONDS = 30
@@ -52,6 +53,7 @@ def prepare() -> None:
     """To be called by a verb before it uses JAX."""
     import jax
 
+    keep_freed_memory()
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if cache is None:
         root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()

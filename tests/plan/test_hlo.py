@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from alignjax.core.loops import turning
+from alignjax.losses import vocabulary
 from alignjax.losses.logprob import next_token_logps
 from alignjax.models.kernels.chunked import chunked_attention
 from alignjax.plan.hlo import Collective, count
@@ -78,8 +79,11 @@ def test_a_loop_that_ends_by_its_data_turns_as_often_as_its_name_says():
         turning(0)
 
 
-def test_the_loops_over_chunks_of_logits_are_named():
-    rows, time, width, vocab = 2, 32, 16, 64
+@pytest.mark.parametrize(("most_kept", "products"), [(0, 4), (2**20, 3)])
+def test_the_loops_over_chunks_of_logits_are_named(monkeypatch, most_kept, products):
+    """Logits, logits again where they are not kept, and what flows back to the two factors."""
+    monkeypatch.setattr(vocabulary, "MOST_KEPT", most_kept)
+    rows, time, width, vocab = 2, 32, 16, 8 * products  # Shapes of their own: nothing is cached.
 
     def loss(hidden, unembedding):
         tokens = jnp.ones((rows, time), int)
@@ -88,8 +92,7 @@ def test_the_loops_over_chunks_of_logits_are_named():
 
     gradient = jax.value_and_grad(loss, (0, 1))
     costs = compiled(gradient, (rows, time, width), (width, vocab))
-    # Logits, logits again, and what flows back to the two that they are made of.
-    assert costs.flops == 4 * 2 * rows * time * width * vocab and not costs.unknown_loops
+    assert costs.flops == products * 2 * rows * time * width * vocab and not costs.unknown_loops
 
 
 @pytest.mark.parametrize("keys", [256, 384])
@@ -284,7 +287,7 @@ frontend_attributes={chain_id="1"}
 custom_call_target="AsyncCollectiveStart"
 }
 
-%gather_on (a: f32[4], b: f32[16], u: u32[], x: f32[8,8]) -> (f32[8,8], f32[16]) {
+%gather_on (a: f32[4], b: f32[16], u: u32[], x: f32[8,8]) -> (f32[8,8], f32[4], f32[16]) {
   %a = f32[4]{0} parameter(0)
   %b = f32[16]{0} parameter(1)
   %u = u32[]{:S(2)} parameter(2)
@@ -292,7 +295,7 @@ custom_call_target="AsyncCollectiveStart"
   %v = f32[8,8]{1,0} convolution(%x, %x), dim_labels=bf_io->bf
   %g = f32[16]{0} all-gather(%a), channel_id=7, replica_groups=[4,4]<=[16], \
 frontend_attributes={chain_id="1"}
-  ROOT %t = (f32[8,8]{1,0}, f32[16]{0}) tuple(%v, %g)
+  ROOT %t = (f32[8,8]{1,0}, f32[4]{0}, f32[16]{0}) tuple(%v, %a, %g)
 }
 
 %all-reduce-scatter.1 (y: f32[8,8]) -> f32[2,8] {
@@ -312,7 +315,8 @@ def test_collectives_that_tpus_fuse_with_products():
         " calls=%gather_start",
         "  %b = f32[16]{0} get-tuple-element(%s), index=1",
         "  %u = u32[]{:S(2)} get-tuple-element(%s), index=2",
-        "  %o = (f32[8,8]{1,0}, f32[16]{0}) fusion(%p, %b, %u, %x), kind=kCustom, calls=%gather_on",
+        "  %o = (f32[8,8]{1,0}, f32[4]{0}, f32[16]{0}) fusion(%p, %b, %u, %x), kind=kCustom,"
+        " calls=%gather_on",
         "  %v = f32[8,8]{1,0} get-tuple-element(%o), index=0",
         "  ROOT %r = f32[2,8]{1,0} fusion(%v), kind=kCustom, calls=%all-reduce-scatter.1",
         before=FUSED,
