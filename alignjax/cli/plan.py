@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alignjax.plan.chips import Chip
     from alignjax.plan.report import Plan
     from alignjax.plan.shapes import Shapes
     from alignjax.plan.topology import Topology
@@ -113,7 +114,8 @@ def plan(
     from alignjax.train.progress import Progress
 
     progress, there = Progress(), devices(topology)
-    chip, num_chips = CHIPS.get(topology.chip), topology.num_chips or len(there)
+    num_chips = topology.num_chips or len(there)
+    chip = _local_chip(there, progress.note) if topology.is_local else CHIPS[topology.chip]
     found = Plan(name, str(topology), len(there), num_chips, chip, [], versions=_versions(topology))
     for stage, (config, is_planned) in stages.items():
         if is_planned and config.phase not in PLANNED:
@@ -139,6 +141,17 @@ def plan(
         _add_artifacts(config, shapes)
     jax.clear_caches()
     return found
+
+
+def _local_chip(there: list[Any], say: Callable[[str], None]) -> Chip | None:
+    """What a device of this machine can do: measured on a CPU, whose devices share its memory."""
+    from alignjax.plan.local_chip import measured_cpu
+
+    if there[0].platform != "cpu":
+        return None
+    say("measuring what a core of this machine can do")
+    chip = measured_cpu()
+    return chip._replace(hbm_bytes=chip.hbm_bytes / len(there))
 
 
 def _stages(config: Any, only: str | None) -> dict[str, tuple[Any, bool]]:

@@ -95,6 +95,7 @@ def preference(config: PreferenceConfig, mesh: Mesh, shapes: Shapes) -> Programs
         arrays["ref_logps"] = np.zeros(host["ranks"].shape, np.float32)
     if data.prob_field is not None:
         arrays["preference_prob"] = host["margins"]
+    prepared = weights.batch(arrays, mesh)
     arrays |= {
         name: np.zeros(data.micro_batches, np.float32) for name in ("kl", "delta") if name in takes
     }
@@ -104,7 +105,7 @@ def preference(config: PreferenceConfig, mesh: Mesh, shapes: Shapes) -> Programs
     whole = policy.whole(policy.params)
     if "kl" in takes:
         kl = Program(
-            "mismatch KL", lambda: learner.kl.lower(whole, rows), (PARAMS, BATCH), step.resident
+            "mismatch KL", lambda: learner.kl.lower(whole, prepared), (PARAMS, BATCH), step.resident
         )
         found.insert(0, kl)
     if not config.objective.reads_reference:

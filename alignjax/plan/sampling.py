@@ -88,7 +88,7 @@ def sampling(
     )  # fmt: skip
     waves = total / num_rows  # Slots are filled again as rows end.
     num_calls = limits.max_tokens * max(1.0, waves) / decode.STEPS
-    late = _share_of_late(ladder)
+    late = share_of_late(ladder)
 
     def advance(rows: Any) -> jax.stages.Lowered:
         one = ints()
@@ -118,7 +118,7 @@ def sampling(
         ),
     ]  # fmt: skip
     if ladder.first_capacity < ladder.capacity:
-        half = _with_capacity(model, rows, ladder.capacity // 2, mesh, is_int8=limits.int8_kv)
+        half = _with_capacity(model, rows, rungs(ladder)[-2][0], mesh, is_int8=limits.int8_kv)
         found += [
             Program(
                 "the same, short cache", lambda: advance(first), decoding,
@@ -136,20 +136,23 @@ def sampling(
     return found
 
 
-def _share_of_late(ladder: Ladder) -> float:
-    """The share w of a call's steps, for which w (step at the full cache) + (1 - w) (step at the
-    first one) is the mean over its steps: a step's time grows linearly with the cache, which
-    doubles as rows fill it."""
-    rungs, steps, capacity = [], [], ladder.first_capacity
-    filled = 0
+def rungs(ladder: Ladder) -> list[tuple[int, int]]:
+    """The capacities of a call whose rows grow as long as they may, and the steps at each."""
+    found, filled, capacity = [], 0, ladder.first_capacity
     while filled < ladder.capacity:
-        rungs.append(capacity)
-        steps.append(capacity - filled)
+        found.append((capacity, capacity - filled))
         filled, capacity = capacity, min(2 * capacity, ladder.capacity)
-    if len(rungs) == 1:
+    return found
+
+
+def share_of_late(ladder: Ladder) -> float:
+    """The share w of a call's steps, for which w (step at the full cache) + (1 - w) (step at the
+    first one) is the mean over its steps: a step's time grows linearly with the cache."""
+    capacities, steps = zip(*rungs(ladder), strict=True)
+    if len(capacities) == 1:
         return 1.0
-    mean = float(np.average(rungs, weights=steps))
-    return (mean - rungs[0]) / (rungs[-1] - rungs[0])
+    mean = float(np.average(capacities, weights=steps))
+    return (mean - capacities[0]) / (capacities[-1] - capacities[0])
 
 
 def _kv(tree: Any, mesh: Mesh) -> Any:

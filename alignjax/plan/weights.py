@@ -73,11 +73,7 @@ def policy(source: ModelSource, shape: ModelConfig, mesh: Mesh) -> Weights:
     if source.lora is None:
         return Weights(plain, params)
     model = dataclasses.replace(plain, lora=source.lora, quantize=source.quantize)
-    frozen = params
-    if source.quantize is not None:
-        coded = lora.base(model)
-        shapes = jax.eval_shape(functools.partial(lora.quantize, model), params)
-        frozen = placed(shapes, shardings(coded.logical_axes(), mesh, shapes))
+    frozen = params if source.quantize is None else _coded(model, params, mesh)
     axes, _ = lora.split(model.logical_axes())
     adapters = jax.eval_shape(functools.partial(lora.init, model), frozen, _KEY)
     return Weights(model, placed(adapters, shardings(axes, mesh, adapters)), frozen)
@@ -153,6 +149,17 @@ def _parameters(model: Model, param_dtype: str, mesh: Mesh) -> Params:
     shapes = jax.eval_shape(model.init, _KEY)
     cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(param_dtype)), shapes)
     return placed(cast, shardings(model.logical_axes(), mesh, cast))
+
+
+def _coded(model: Model, params: Params, mesh: Mesh) -> Params:
+    """The base, whose kernels are codes: made of float32, whatever type the others are kept in."""
+    float32 = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    coded = jax.eval_shape(functools.partial(lora.quantize, model), float32)
+    kept = {_names(path): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    cast = jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, kept.get(_names(path), x.dtype)), coded
+    )
+    return placed(cast, shardings(lora.base(model).logical_axes(), mesh, cast))
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
