@@ -52,9 +52,11 @@ MODELS = (
 
 _JUDGES = r"(judge|rewards\.judges\.[^.:]+)"
 _FREE = re.compile(
-    rf"({_JUDGES}\.({'|'.join(map(re.escape, LIMITS))})|max_failure_frac|max_unparsable_frac): "
+    rf"({_JUDGES}\.({'|'.join(map(re.escape, LIMITS))})|max_failure_frac|max_unparsable_frac|"
+    r"loop\.watchdog_minutes): "
 )
-"""Changes of a config with which a run may go on: how long and how far a judge is asked."""
+"""Changes of a config with which a run may go on: how long and how far a judge is asked, and when a
+watchdog speaks."""
 
 
 def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
