@@ -122,38 +122,62 @@ exit $status
 """
 
 
+class Slurm:
+    """What sbatch would start, in a folder, with two processes that train the smoke config."""
+
+    def __init__(self, folder):
+        self.folder, self.metrics = folder, folder / "runs/smoke_sft/sft/metrics.jsonl"
+        program(folder, "srun", SRUN)
+        program(folder, "alignjax", f'exec {sys.executable} -m alignjax "$@"')
+        program(folder, "scontrol", 'echo "$@" >> requeued')
+
+    def start(self):
+        env = environment(
+            self.folder,
+            PYTHONPATH=str(REPO),
+            XLA_FLAGS="--xla_force_host_platform_device_count=2",
+            SLURM_SUBMIT_DIR=str(self.folder),
+            SLURM_JOB_ID=str(os.getpid()),
+        )
+        config = REPO / "configs" / "smoke" / "sft.yaml"
+        command = ["bash", LAUNCH / "slurm.sh", config, "stages.sft.loop.log_every=1"]
+        with (self.folder / "log").open("a") as out:
+            return subprocess.Popen(command, env=env, stdout=out, stderr=out)
+
+    def log(self):
+        return (self.folder / "log").read_text()
+
+    def model(self):
+        return (self.metrics.parent / "model/model.safetensors").read_bytes()
+
+    def last(self):
+        return json.loads(self.metrics.read_text().splitlines()[-1])
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_slurm_trains_saves_at_the_notice_and_goes_on_in_the_queue(tmp_path):
-    """Two processes of what srun would start, the smoke config, and SIGTERM to one of them."""
-    program(tmp_path, "srun", SRUN)
-    program(tmp_path, "alignjax", f'exec {sys.executable} -m alignjax "$@"')
-    program(tmp_path, "scontrol", 'echo "$@" >> requeued')
-    env = environment(
-        tmp_path,
-        PYTHONPATH=str(REPO),
-        XLA_FLAGS="--xla_force_host_platform_device_count=2",
-        SLURM_SUBMIT_DIR=str(tmp_path),
-        SLURM_JOB_ID=str(os.getpid()),
-    )
-    config = REPO / "configs" / "smoke" / "sft.yaml"
-    command = ["bash", LAUNCH / "slurm.sh", config, "stages.sft.loop.log_every=1"]
-    metrics = tmp_path / "runs/smoke_sft/sft/metrics.jsonl"
-    log = tmp_path / "log"
-    with log.open("w") as out:
-        job = subprocess.Popen(command, env=env, stdout=out, stderr=out)
-        until = time.monotonic() + 300
-        while not (metrics.exists() and metrics.read_text().count("\n") > 6):
-            assert job.poll() is None and time.monotonic() < until, log.read_text()
-            time.sleep(0.02)
-        os.kill(int((tmp_path / "pids").read_text().split()[1]), signal.SIGTERM)
-        assert job.wait(120) == TERMINATED, log.read_text()
-    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
-    assert json.loads(metrics.read_text().splitlines()[-1])["step"] < 40
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "resumed from step" in done.stderr and done.stderr.count("resumed from step") == 1
-    last = json.loads(metrics.read_text().splitlines()[-1])
-    assert last["step"] == 40 and last["eval/loss"] < 2.1
+    """SIGTERM to one of the two; the model in the end has the bits of never having stopped."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole, parts = Slurm(tmp_path / "whole"), Slurm(tmp_path / "parts")
+    assert whole.start().wait(600) == 0, whole.log()
+    assert whole.last()["step"] == 40 and whole.last()["eval/loss"] < 2.1
+
+    job = parts.start()
+    until = time.monotonic() + 600
+    while not (parts.metrics.exists() and parts.metrics.read_text().count("\n") > 6):
+        assert job.poll() is None and time.monotonic() < until, parts.log()
+        time.sleep(0.02)
+    os.kill(int((parts.folder / "pids").read_text().split()[1]), signal.SIGTERM)
+    assert job.wait(200) == TERMINATED, parts.log()
+    assert (parts.folder / "requeued").read_text() == f"requeue {os.getpid()}\n"
+    step = parts.last()["step"]
+    assert step < 40
+
+    assert parts.start().wait(600) == 0, parts.log()
+    assert parts.log().count(f"resumed from step {step} of 40") == 1
+    assert parts.model() == whole.model()
 
 
 def test_the_jobset_has_a_process_on_each_host_of_its_topology():

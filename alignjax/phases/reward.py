@@ -69,8 +69,6 @@ def reward_loss(
 class Reward:
     """Implements `train.loop.Phase`."""
 
-    runs_in_processes = True
-
     shown = ("loss", "accuracy", "eval/loss", "eval/accuracy")
 
     def __init__(self, config: RewardPhaseConfig, mesh: Mesh):

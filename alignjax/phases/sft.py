@@ -70,8 +70,6 @@ def _cross_entropy(out: TokenLogps, mask: Array) -> tuple[Weighted, Metrics]:
 class Sft:
     """Implements `train.loop.Phase`."""
 
-    runs_in_processes = True
-
     shown = ("loss", "eval/loss")
     """The metrics that a terminal shows."""
 
