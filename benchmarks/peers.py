@@ -82,11 +82,12 @@ def chosen(args: argparse.Namespace, task: Task) -> list[Variant]:
     ]
     if not args.best:
         return found
-    with_best = {v.library for v in found if v.name == "best"}
+    with_best = {v.library for v in found if v.name.startswith("best")}
     return [
         v
         for v in found
-        if v.library == "alignjax" or v.name == ("best" if v.library in with_best else "default")
+        if v.library == "alignjax"
+        or v.name.startswith("best" if v.library in with_best else "default")
     ]
 
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import record
 
+from alignjax.core.allocator import restart_with_huge_pages
 from alignjax.core.types import Sampling
 from alignjax.data import Element, pack, sequence_ids, share_prompts, shared_row_len
 from alignjax.data.comparison_rows import pack_elements
@@ -218,9 +219,12 @@ def profile(name: str, dtype: str, repeats: int) -> dict[str, Any]:
     prompts = np.random.default_rng(0).integers(2, shape["vocab_size"], (num, prompt_len))
     lengths = np.full(num, prompt_len)
     sampling = Sampling(max_tokens=length, num_samples=group)
-    rows = batches("grpo", shape["vocab_size"])["shared"]
-    batch = {k: jnp.asarray(v) for k, v in rows.items()}
-    update = make_update("grpo", model, rows, is_shared=True)
+    all_rows = batches("grpo", shape["vocab_size"])
+    batch = {k: jnp.asarray(v) for k, v in all_rows["shared"].items()}
+    updates = {
+        f"update, prompts {variant}": make_update("grpo", model, rows, is_shared=True)
+        for variant, rows in all_rows.items()
+    }
     forward = jax.jit(
         lambda params, batch: jax.lax.map(lambda one: score_tokens(model, params, one).logps, batch)
     )
@@ -230,8 +234,8 @@ def profile(name: str, dtype: str, repeats: int) -> dict[str, Any]:
     parts: dict[str, Callable[[], Any]] = {
         "sampling": lambda: generate(params, prompts, lengths, jax.random.PRNGKey(1), sampling),
         "rows on the host": lambda: batches("grpo", shape["vocab_size"]),
-        "update": update,
-        "of the update: forward": lambda: forward(params, batch),
+        **updates,
+        "of the update: forward, shared": lambda: forward(params, batch),
         "of the update: optimizer": lambda: move(params, state),
     }
     for part in parts.values():
@@ -280,4 +284,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()  # As the command line does.
     main()

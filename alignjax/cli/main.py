@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from alignjax import __version__
+from alignjax.core.allocator import restart_with_huge_pages
 from alignjax.core.errors import Terminated, UserError
 
 VERBS = {
@@ -40,6 +41,12 @@ OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 TERMINATED = 75
 """EX_TEMPFAIL of sysexits.h: saved after SIGTERM, start the same command again. The templates in
 launch/ look for it."""
+
+
+def program() -> int:
+    """The process that a user starts."""
+    restart_with_huge_pages()
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

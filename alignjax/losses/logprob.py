@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from alignjax.core.precision import matmul_precision
 from alignjax.losses import vocabulary
 
 
@@ -126,7 +127,12 @@ class _Statistics:
             is_argmax=z_target >= z_max,
         )
         if self.with_entropy:
-            out = out._replace(entropies=log_total - jnp.sum(exp_z * shifted, axis=-1) / total)
+            # As a product of matrices: a sum of products takes XLA ten times as long on a CPU where
+            # B is 1.
+            weighted = jnp.einsum(
+                "bcv,bcv->bc", exp_z, shifted, precision=matmul_precision(exp_z.dtype)
+            )
+            out = out._replace(entropies=log_total - weighted / total)
         if self.with_log_normalizer:
             # The gradient by the largest logit cancels: it may stay stopped.
             out = out._replace(log_normalizers=readout.capped(z_max) / tau + log_total)

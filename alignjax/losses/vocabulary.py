@@ -4,9 +4,10 @@ That holds beyond ROWS_PER_CHUNK rows (B * T of them) and 8 time steps: so much 
 default size may hold.
 
 Each row's targets are moved to its front, then a loop over chunks of the time axis makes the logits
-of one chunk at a time, forward and (again) backward, and stops after the last chunk that holds a
-target in any row. Prompt and padding therefore never reach the unembedding, but for what levels the
-rows. Rows are never mixed, so a batch axis sharded over devices stays where it is.
+of one chunk at a time, forward and, beyond MOST_KEPT of them, again backward, and stops after the
+last chunk that holds a target in any row. Prompt and padding therefore never reach the unembedding,
+but for what levels the rows. Rows are never mixed, so a batch axis sharded over devices stays where
+it is.
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ ROWS_PER_CHUNK = 1024
 """Default B * chunk_size: enough rows to keep a matrix unit busy and to pay for one pass over the
 gradient of the unembedding, at 4 KiB of float32 logits for each entry of the vocabulary."""
 _SMALLEST_CHUNK = 8
+MOST_KEPT = 2**27
+"""Logits of all chunks, on all devices together, that wait for the backward pass at most: 512 MiB
+of float32, which spare it one of four products with the unembedding."""
 _NEVER = -1e4
 """Nats; exp of it is exactly 0, and 0 times it is 0, as 0 times -inf is not."""
 
@@ -236,14 +240,23 @@ def _floats(tree: Any) -> list[Array]:
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_token(
-    terms: Terms, hidden: Array, unembedding: Array, inputs: Any, constants: Any, plan: _Plan
-) -> Any:
-    def of_chunk(i: Array) -> Any:
+def _over_chunks(
+    terms: Terms,
+    hidden: Array,
+    unembedding: Array,
+    inputs: Any,
+    constants: Any,
+    plan: _Plan,
+    *,
+    keeps_logits: bool,
+) -> tuple[Any, Array | None]:
+    """Terms by token, and the logits [n, B, C, V] of all chunks if they are kept."""
+
+    def of_chunk(i: Array) -> tuple[Any, Array | None]:
         order, live = plan.order[i], plan.live[i]
         z = logits(_take(hidden, order - 1, live), unembedding)
-        return terms(z, jax.tree.map(lambda x: _take(x, order, live), inputs), constants)
+        here = jax.tree.map(lambda x: _take(x, order, live), inputs)
+        return terms(z, here, constants), z if keeps_logits else None
 
     def chunk(i: Array, outs: Any) -> Any:
         return jax.tree.map(lambda out, term: out.at[i].set(term), outs, of_chunk(i))
@@ -252,21 +265,31 @@ def _by_token(
     shapes = jax.eval_shape(of_chunk, plan.num_chunks)
     outs = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), shapes)
     # Bounded by data, not by shape: chunks without a target cost nothing.
-    outs = jax.lax.fori_loop(0, plan.num_chunks, chunk, outs)
-    return jax.tree.map(lambda x: _join(x, plan), outs)
+    outs, kept = jax.lax.fori_loop(0, plan.num_chunks, chunk, outs)
+    return jax.tree.map(lambda x: _join(x, plan), outs), kept
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_token(
+    terms: Terms, hidden: Array, unembedding: Array, inputs: Any, constants: Any, plan: _Plan
+) -> Any:
+    arguments = terms, hidden, unembedding, inputs, constants, plan
+    return _over_chunks(*arguments, keeps_logits=False)[0]
 
 
 def _forward(
     terms: Terms, hidden: Array, unembedding: Array, inputs: Any, constants: Any, plan: _Plan
-) -> tuple[Any, tuple[Array, Array, Any, Any, _Plan]]:
-    outs = _by_token(terms, hidden, unembedding, inputs, constants, plan)
-    return outs, (hidden, unembedding, inputs, constants, plan)
+) -> tuple[Any, tuple[Array, Array, Any, Any, _Plan, Array | None]]:
+    is_small = plan.order.size * unembedding.shape[1] <= MOST_KEPT
+    arguments = hidden, unembedding, inputs, constants, plan
+    outs, kept = _over_chunks(terms, *arguments, keeps_logits=is_small)
+    return outs, (*arguments, kept)
 
 
 def _backward(
-    terms: Terms, saved: tuple[Array, Array, Any, Any, _Plan], grads: Any
+    terms: Terms, saved: tuple[Array, Array, Any, Any, _Plan, Array | None], grads: Any
 ) -> tuple[Array, Array, None, None, None]:
-    hidden, unembedding, inputs, constants, plan = saved
+    hidden, unembedding, inputs, constants, plan, kept = saved
     dtype = hidden.dtype
     by_result = [g for g in jax.tree.leaves(grads) if g.dtype != float0]
 
@@ -275,7 +298,7 @@ def _backward(
         order, live = plan.order[i], plan.live[i]
         h = _take(hidden, order - 1, live)
         here = jax.tree.map(lambda x: _take(x, order, live), inputs)
-        z = logits(h, unembedding)
+        z = logits(h, unembedding) if kept is None else kept[i]
         _, pull = jax.vjp(lambda z: _floats(terms(z, here, constants)), z)
         (d_z,) = pull([_take(g, order, live) for g in by_result])
         d_z = d_z.astype(dtype)

@@ -106,7 +106,8 @@ def write_model(folder: Path, size: Mapping[str, int], *, is_untied: bool, seed:
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **size,
-        "head_dim": HEAD_DIM, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu",
+        # Tunix 0.1.7 takes this base, whatever the config says.
+        "head_dim": HEAD_DIM, "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "hidden_act": "silu",
         "max_position_embeddings": 1024, "tie_word_embeddings": not is_untied,
         "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
         "initializer_range": 0.02, "torch_dtype": "float32",

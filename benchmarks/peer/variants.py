@@ -61,10 +61,15 @@ def _sft(task: Task) -> list[Variant]:
 
 
 def _sft_ragged(task: Task) -> list[Variant]:
+    rows, row_len = max(1, task.dims["rows"] // 4), 4 * task.dims["row_len"]
+    long_rows = {"per_device_train_batch_size": rows, "max_length": row_len}
+    packing = KEEP | {"packing": True}
     return [
-        *ours(),
+        # As many tokens of a step in longer rows, of which less stays empty.
+        *ours({"data.rows": rows, "data.row_len": row_len}),
         Variant("trl", "default"),
-        Variant("trl", "best", options=KEEP | {"packing": True}),
+        Variant("trl", "best", options=packing),
+        Variant("trl", "best, long rows", options=packing | long_rows),
         # It says that packing is not there for SFT, and rows of one length spare it compilations.
         Variant("tunix", "default"),
     ]

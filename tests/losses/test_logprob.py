@@ -213,8 +213,10 @@ def arrays(jaxpr):
 
 
 @pytest.mark.parametrize(("time", "chunk_size", "chunk"), [(64, 4, 4), (4096, None, 341)])
-def test_no_array_of_all_logits_exists(time, chunk_size, chunk):
+def test_no_array_of_all_logits_exists(monkeypatch, time, chunk_size, chunk):
     dim, vocab = 5, 509
+    # Fewer may be kept for the backward pass.
+    monkeypatch.setattr(vocabulary, "MOST_KEPT", 3 * time * vocab - 1)
     hidden, unembedding, tokens, mask, grads = batch(0, (3, time), dim, vocab)
 
     def loss(h, w):
@@ -229,9 +231,11 @@ def test_no_array_of_all_logits_exists(time, chunk_size, chunk):
     assert temporaries.temp_size_in_bytes < 0.5 * 3 * time * vocab * 4
 
 
-def test_chunks_without_a_target_are_skipped(monkeypatch):
+@pytest.mark.parametrize(("most_kept", "passes"), [(0, 2), (vocabulary.MOST_KEPT, 1)])
+def test_chunks_without_a_target_are_skipped(monkeypatch, most_kept, passes):
     seen = []
     product = vocabulary.logits
+    monkeypatch.setattr(vocabulary, "MOST_KEPT", most_kept)
 
     def spy(hidden, unembedding):
         jax.debug.callback(lambda: seen.append(hidden.shape[1]))
@@ -250,7 +254,7 @@ def test_chunks_without_a_target_are_skipped(monkeypatch):
     jax.block_until_ready(jax.grad(loss)(hidden))
     jax.effects_barrier()
     jax.clear_caches()  # of traces with it
-    assert seen == [4] * 4  # 5 targets at most in a row: 2 chunks of 4, forward and backward
+    assert seen == [4] * (2 * passes)  # 5 targets at most in a row: 2 chunks of 4
 
 
 def test_calls_outside_jit_compile_once(monkeypatch):
@@ -546,7 +550,26 @@ def test_statistics_on_eight_devices(shape, top_k):
     assert "all-to-all" not in text and "collective-permute" not in text
 
 
-def test_peak_memory_follows_the_chunk():
+def test_kept_logits_have_the_gradient_of_those_that_are_computed_again(monkeypatch):
+    args = batch()
+
+    def grad():
+        jax.clear_caches()  # of traces with another limit
+        out = jax.grad(lambda h, w: scalar(h, w, *args[2:], chunk_size=4)[0], (0, 1))(*args[:2])
+        return jax.tree.leaves(out)
+
+    kept = grad()
+    monkeypatch.setattr(vocabulary, "MOST_KEPT", 0)
+    again = grad()
+    jax.clear_caches()
+    for a, b in zip(kept, again, strict=True):
+        assert np.abs(a).max() > 0
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_peak_memory_follows_the_chunk(monkeypatch):
+    monkeypatch.setattr(vocabulary, "MOST_KEPT", 0)
+
     def temporary(time, chunk_size):
         h, w = jnp.zeros((2, time, 4)), jnp.zeros((4, 1001))
         tokens, mask = jnp.zeros((2, time), jnp.int32), jnp.ones((2, time), bool)
