@@ -1,11 +1,14 @@
 """JAX for the command line: processes that belong together, compilations kept on disk."""
 
+import contextlib
 import logging
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alignjax.core.errors import UserError
+from alignjax.core.errors import Terminated, UserError
 
 HEARTBEAT_SECONDS = 30
 """A process that is not heard of for so long is taken for dead, and the others are ended."""
@@ -46,6 +49,29 @@ def join_processes() -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**options)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` wherever nobody else waits for it, as `train.loop` does: while
+    models load or are exported, and between stages.
+
+    To be entered after `join_processes`: the service of JAX for notices of preemption, of which
+    SIGTERM is the only one it knows, would take the signal and tell nobody.
+    """
+
+    def handle(number: int, frame: object) -> None:
+        raise Terminated
+
+    try:
+        previous = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # Not in the main thread: the signal stays as it is.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def prepare() -> None:
