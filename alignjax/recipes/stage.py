@@ -78,7 +78,7 @@ def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
     _, phase_class = PHASES[config.phase]  # type: ignore[attr-defined]
     progress = Progress(phase_class.shown, title=title, min_interval=config.loop.log_every)
     model_dir = run_dir / "model"
-    with taken(run_dir, config, model_dir) as is_done:
+    with taken(run_dir, config, model_dir) as is_done, contextlib.ExitStack() as stack:
         if is_done:
             progress.note(f"{model_dir} is there already: nothing to do")
             return model_dir
