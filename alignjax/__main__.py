@@ -2,7 +2,7 @@
 
 import sys
 
-from alignjax.cli.main import main
+from alignjax.cli.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

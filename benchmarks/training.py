@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import record
 
-from alignjax.core.allocator import keep_freed_memory
+from alignjax.core.allocator import restart_with_huge_pages
 from alignjax.core.types import Sampling
 from alignjax.data import Element, pack, sequence_ids, share_prompts, shared_row_len
 from alignjax.data.comparison_rows import pack_elements
@@ -256,7 +256,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=record.RESULTS / "training.json")
     parser.add_argument("--one", action="store_true", help="used by itself: one task, as JSON")
     args = parser.parse_args()
-    keep_freed_memory()  # As the command line does.
     if args.one:
         task, name, dtype = args.tasks[0], args.models[0], args.dtypes[0]
         if task == "profile":
@@ -285,4 +284,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()  # As the command line does.
     main()

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from alignjax import __version__
+from alignjax.core.allocator import restart_with_huge_pages
 from alignjax.core.errors import UserError
 
 VERBS = {
@@ -38,6 +39,12 @@ examples:
 """
 
 OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+
+def program() -> int:
+    """The process that a user starts."""
+    restart_with_huge_pages()
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,10 @@
-"""JAX for the command line: processes that belong together, compilations and memory kept."""
+"""JAX for the command line: processes that belong together, compilations kept on disk."""
 
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from alignjax.core.allocator import keep_freed_memory
 from alignjax.core.errors import UserError
 
 HEARTBEAT_SECONDS = 30
@@ -53,7 +52,6 @@ def prepare() -> None:
     """To be called by a verb before it uses JAX."""
     import jax
 
-    keep_freed_memory()
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if cache is None:
         root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()

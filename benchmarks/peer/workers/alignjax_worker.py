@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import protocol
 
-from alignjax.core.allocator import keep_freed_memory
+from alignjax.core.allocator import restart_with_huge_pages
 from alignjax.core.config import build, loads
 from alignjax.core.keys import named_key
 from alignjax.core.types import Sampling
@@ -208,7 +208,7 @@ def ppo(spec: Spec, gate: protocol.Gate) -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # As the command line does.
+    restart_with_huge_pages()  # As the command line does.
     protocol.main(
         {"sft": sft, "sft_ragged": sft, "dpo": dpo, "generate": generate, "grpo": grpo, "ppo": ppo,
          "logits": logits, "limits": limits}
