@@ -16,6 +16,7 @@ from alignjax.core.keys import named_key
 from alignjax.core.types import Params, Sampling, Weighted
 from alignjax.models import Model, lora
 from alignjax.phases.common import Policy, score_tokens
+from alignjax.phases.disaggregated import make_schedule, staleness_metrics
 from alignjax.phases.grpo_config import AlgorithmConfig, GrpoConfig
 from alignjax.phases.rollouts import (
     Rows,
@@ -24,8 +25,10 @@ from alignjax.phases.rollouts import (
     make_logps,
     sample_metrics,
     sampler_metrics,
+    sampler_warnings,
     sequence,
     shown_first,
+    weight_metrics,
 )
 from alignjax.rewards.rollout import Rollouts
 from alignjax.sharding import batch_shards, copied, fetch, put_batch
@@ -57,6 +60,7 @@ def grpo_loss(
         mask,
         batch.get("sequence_ids", batch["segment_ids"]),
         max_len=max_tokens,
+        rollout_logp=batch.get("sampler_logps"),
     )
     surrogate = found.surrogate
     assert out.entropies is not None
@@ -66,6 +70,7 @@ def grpo_loss(
         "clip_ratio/high_mean": losses.token_mean(surrogate.is_high.astype(jnp.float32), mask),
         "clip_ratio/region_mean": losses.token_mean(surrogate.is_clipped.astype(jnp.float32), mask),
         **sampler_metrics(out.logps, batch.get("sampler_logps", old_logps), mask),
+        **weight_metrics(found.weights, algorithm.importance_cap, mask),
     }
     if found.kl is not None:
         metrics["kl"] = losses.token_mean(found.kl, mask)
@@ -138,6 +143,7 @@ class Grpo:
         self._rows = Rows.shared_where(config, mesh)
         self._sampler = Sampler(config, self._policy, mesh)
         self._sampling = self._sampler.sampling
+        self._schedule = make_schedule(config, self._sampler, self._rounds)
         self._reference: Params | None = None
         found = make_functions(config, self._policy.model, mesh, self._policy.frozen)
         self._optimizer, self._step, self._ref_logps, self._logps, self._has_joint_reference = found
@@ -154,10 +160,11 @@ class Grpo:
                 self._reference = self._policy.frozen
             else:
                 self._reference = copied(params)
-        return create_state(params, self._optimizer.transform, key, reference=reference)
+        state = create_state(params, self._optimizer.transform, key, reference=reference)
+        return self._schedule.begin(state, params)
 
     def records(self) -> Any:
-        return self._sampler.records()
+        return self._schedule.records(self._sampler.records())
 
     # --- collect --------------------------------------------------------------------------------
 
@@ -167,14 +174,7 @@ class Grpo:
         algorithm, step = self._config.algorithm, int(state.step)
         if state.reference is not None and step and step % algorithm.reference_every == 0:
             state = state._replace(reference=copied(state.params))
-        rounds = []
-        num_informative = 0
-        for number in range(algorithm.max_rounds if algorithm.dynamic_sampling else 1):
-            key = named_key(state.key, "rollout", step, number)
-            rounds.append(self._rollout(state.params, next(records), key, self._sampling))
-            num_informative += int(is_informative(rounds[-1].rewards).sum())
-            if num_informative >= self._config.rollout.num_prompts:
-                break
+        state, rounds = self._schedule(state, state.params, records)
         failed = self._sampler.check([score for r in rounds for score in r.scores])
         sequences, metrics = self._sequences(state, rounds)
         warnings = [*(self._sampler.warnings if step == 0 else ()), *failed]
@@ -183,16 +183,30 @@ class Grpo:
             batches=self._batches(state, sequences, step),
             num_tokens=sum(r.num_tokens for r in rounds),
             metrics=self._host_metrics(rounds)
+            | staleness_metrics(rounds, step)
             | metrics
             | {"epoch": records.epoch, "num_dropped": records.num_dropped},
             samples=rounds[0].records(shown),
             warnings=warnings,
         )
 
+    def _rounds(self, params: Params, records: Any, key: Array, step: int) -> list[Rollouts]:
+        """What iteration `step` samples, one round after another until it has enough."""
+        algorithm = self._config.algorithm
+        rounds: list[Rollouts] = []
+        num_informative = 0
+        for number in range(algorithm.max_rounds if algorithm.dynamic_sampling else 1):
+            of_round = named_key(key, "rollout", step, number)
+            rounds.append(self._rollout(params, next(records), of_round, self._sampling))
+            num_informative += int(is_informative(rounds[-1].rewards).sum())
+            if num_informative >= self._config.rollout.num_prompts:
+                break
+        return rounds
+
     def _rollout(
         self, params: Params, prompts: list[Any], key: Array, sampling: Sampling
     ) -> Rollouts:
-        return self._sampler(self._policy.whole(params), prompts, key, sampling)
+        return self._sampler(params, prompts, key, sampling)
 
     def _sequences(
         self, state: TrainState, rounds: list[Rollouts]
@@ -334,13 +348,7 @@ class Grpo:
                 f"the KL to the reference is {metrics['kl']:.3g} nats per token: lower "
                 "optimizer.learning_rate or raise algorithm.kl_coef"
             )
-        if metrics.get("sampling/sampling_logp_difference/max", 0.0) > 1:
-            found.append(
-                "the sampler's log-probs differ from the trainer's by "
-                f"{metrics['sampling/sampling_logp_difference/max']:.3g} nats: with compute_dtype "
-                "bfloat16 try float32; in float32 this is a bug, please report it"
-            )
-        return found
+        return found + sampler_warnings(metrics)
 
     def evaluate(self, state: TrainState) -> Evaluated:
         """Rewards, their parts and lengths on held-out problems, sampled and greedy."""
@@ -355,6 +363,9 @@ class Grpo:
 
     def export(self, state: TrainState, path: Path) -> None:
         self._policy.export(state.params, path)
+
+    def close(self) -> None:
+        self._schedule.close()
 
 
 def is_informative(rewards: np.ndarray) -> np.ndarray:

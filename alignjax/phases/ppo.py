@@ -20,6 +20,7 @@ from alignjax.losses import KlControl
 from alignjax.models import Model, lora
 from alignjax.phases.common import Policy, checked_rows
 from alignjax.phases.critic import CRITICS, Critic, state_values
+from alignjax.phases.disaggregated import make_schedule, staleness_metrics
 from alignjax.phases.ppo_config import PpoConfig, PtxConfig
 from alignjax.phases.ppo_loss import Experience, experience, ppo_loss
 from alignjax.phases.ppo_rows import (
@@ -118,13 +119,14 @@ class Ppo:
         self._policy = Policy(config, mesh)
         self._rows = Rows.of(config, mesh)
         self._sampler = Sampler(config, self._policy, mesh)
+        self._schedule = make_schedule(config, self._sampler, self._sampler.one_round)
         self._critic: Critic = CRITICS[config.critic.trunk](config, self._policy, mesh)
         self._texts = None if config.ptx is None else self._make_texts(config.ptx)
         frozen = self._policy.frozen
         self._reference: Params | None = frozen
         self._ref_sampler = self._sampler
         if frozen is not None:
-            self._ref_sampler = self._sampler.of(self._policy.reference_model, mesh)
+            self._ref_sampler = self._sampler.of(self._policy.reference_model)
         found = make_functions(config, self._policy.model, self._critic, mesh, frozen)
         self._optimizer, self._step, self._ref_logps, self._logps = found[:4]
         self._values, self._experience = found.values, found.experience
@@ -138,15 +140,17 @@ class Ppo:
         if self._policy.frozen is None:
             self._reference = copied(policy)
         control = KlControl(jnp.float32(self._config.algorithm.kl_coef))
-        return create_state(
+        state = create_state(
             {"policy": policy, self._critic.name: critic},
             self._optimizer.transform,
             key,
             extra=Extra(control, losses.init_moments()),
         )
+        return self._schedule.begin(state, policy)
 
     def records(self) -> PpoRecords:
-        return PpoRecords(self._sampler.records(), None if self._texts is None else self._texts())
+        prompts = self._schedule.records(self._sampler.records())
+        return PpoRecords(prompts, None if self._texts is None else self._texts())
 
     def _make_texts(self, ptx: PtxConfig) -> Callable[[], RecordIterator[Any]]:
         """What gives the rows of texts for each update in turn."""
@@ -170,10 +174,8 @@ class Ppo:
         """Samples, scores, and makes advantages of an iteration's rollouts. Deterministic in
         (state, records) as long as the rewards are."""
         step, params = int(state.step), self._whole(state.params)
-        algorithm = self._config.algorithm
-        key = named_key(state.key, "rollout", step)
-        prompts, sampling = next(records.prompts), self._sampler.sampling
-        rollouts = self._sampler(params["policy"], prompts, key, sampling)
+        algorithm, sampling = self._config.algorithm, self._sampler.sampling
+        state, (rollouts,) = self._schedule(state, state.params["policy"], records.prompts)
         warnings = list(self._sampler.warnings) if step == 0 else []
         warnings += self._sampler.check(rollouts.scores)
         metrics = sample_metrics([rollouts])
@@ -193,6 +195,7 @@ class Ppo:
             batches=self._batches(sequences, texts, step),
             num_tokens=rollouts.num_tokens,
             metrics=metrics
+            | staleness_metrics([rollouts], step)
             | {"epoch": records.prompts.epoch, "num_dropped": records.prompts.num_dropped},
             samples=rollouts.records(shown_first(rollouts, sampling.num_samples)),
             warnings=warnings,
@@ -277,7 +280,7 @@ class Ppo:
         prompts = self._sampler.held_out_prompts()
         if not prompts:
             return Evaluated({})
-        params = self._whole(state.params)["policy"]
+        params = state.params["policy"]
         key = named_key(state.key, "eval", int(state.step))
         metrics, shown, rollouts = evaluate(
             config, sampling, lambda s: self._sampler(params, prompts, key, s)
@@ -306,3 +309,6 @@ class Ppo:
         """The policy; and the critic beside it, in `critic`."""
         self._critic.export(state.params[self._critic.name], path.with_name("critic"))
         self._policy.export(state.params["policy"], path)
+
+    def close(self) -> None:
+        self._schedule.close()

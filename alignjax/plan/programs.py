@@ -15,7 +15,7 @@ from alignjax.train.step import Batch, Step
 
 PARAMS, OPTIMIZER, FROZEN = "parameters", "optimizer", "frozen base"
 REFERENCE, BATCH, KV, OTHER = "reference", "batch", "KV cache", "other"
-STATE = TrainState(OTHER, PARAMS, OPTIMIZER, OTHER, REFERENCE, OTHER)
+STATE = TrainState(OTHER, PARAMS, OPTIMIZER, OTHER, REFERENCE, OTHER, OTHER)
 """The roles of a state's parts."""
 
 

@@ -21,7 +21,7 @@ from alignjax.models.decoding import Own, Prompts, empty_own, kv_sharding
 from alignjax.plan.programs import BATCH, KV, OTHER, PARAMS, Program
 from alignjax.plan.weights import placed, replicated
 
-SAMPLED = "sampling weights"
+CODED = "coded weights"
 
 
 def sampling(
@@ -56,7 +56,7 @@ def sampling(
         targets = quantize.lower(params).compile().output_shardings
         params = placed(shapes, targets)
         found.append(Program("quantize", lambda: quantize.lower(full), (role,), resident))
-        resident, role = {**resident, SAMPLED: params}, SAMPLED
+        resident, role = {**resident, CODED: params}, CODED
     model, total = engine.model, limits.num_prompts * num_samples
     ladder = Ladder.of(
         limits.num_prompts, limits.max_prompt_tokens, num_samples, limits.max_tokens,

@@ -1,6 +1,7 @@
 """Devices in a mesh, and which axis of which array goes where."""
 
 from alignjax.sharding.mesh import MeshConfig, batch_shards, make_mesh
+from alignjax.sharding.move import moved
 from alignjax.sharding.place import (
     batch_shardings,
     constrained,
@@ -21,6 +22,7 @@ __all__ = [
     "fit",
     "init_sharded",
     "make_mesh",
+    "moved",
     "put_batch",
     "shardings",
 ]

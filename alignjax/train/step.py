@@ -90,9 +90,11 @@ class Step:
         self._compiled: Any = None
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        behaviour, state = state.behaviour, state._replace(behaviour=())  # It is on other devices.
         if self._compiled is None:
             self._compiled = self._jitted(state)
-        return self._compiled(state, self._frozen, batch)
+        state, metrics = self._compiled(state, self._frozen, batch)
+        return state._replace(behaviour=behaviour), metrics
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """The same, of arrays that may be abstract (`jax.ShapeDtypeStruct` with a sharding)."""

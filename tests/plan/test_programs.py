@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignjax.core.errors import UserError
 from alignjax.core.types import LENGTH, Completions, Score
 from alignjax.generate import decode
 from alignjax.models import Model, ModelConfig, ScalarModel, save, save_reward
@@ -328,3 +329,20 @@ def test_what_lies_beside_is_counted_once(mesh):
     assert found.parts[PARAMS] == 1024 * 4 // 4
     assert found.parts["batch"] == 8 * 4
     assert found.argument_bytes == 64 * 4 // 2 + 8 * 4 == found.compiler_argument_bytes
+
+
+def test_weights_that_lie_otherwise_while_they_sample(world, mesh):
+    rollout = {"num_prompts": 8, "max_prompt_tokens": 20, "max_tokens": 40,
+               "mesh": {"data": 2, "tensor": 4}}  # fmt: skip
+    programs = PLANNED["grpo"](config_of(world, "grpo", rollout=rollout), mesh, Shapes()).all
+    found = {program.name: program for program in programs}
+    moved = found["prefill"].resident["moved weights"]
+    kernel = moved["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 8)  # tensor 4, no fsdp
+    assert "moved weights" not in found["train step"].resident
+    assert "moved weights" not in found["reward learned"].resident
+    infos = found["prefill"].lower().args_info[0][0]
+    assert [x.shape for x in jax.tree.leaves(infos)] == [x.shape for x in jax.tree.leaves(moved)]
+    with pytest.raises(UserError, match=r"rollout\.devices=4: a plan knows devices that"):
+        rollout = {"num_prompts": 8, "max_prompt_tokens": 20, "max_tokens": 40, "devices": 4}
+        PLANNED["grpo"](config_of(world, "grpo", rollout=rollout), mesh, Shapes())

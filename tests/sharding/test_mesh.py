@@ -67,6 +67,8 @@ def test_slices_lie_along_data():
     assert slices == [[0] * 4, [1] * 4]
     with pytest.raises(UserError, match="data=1 does not divide over 2 slices"):
         make_mesh(MeshConfig(fsdp=-1), chips)
+    with pytest.raises(UserError, match=r"^rollout.mesh: 4, 2 devices of 2 slices.* as many of"):
+        make_mesh(MeshConfig(data=2, fsdp=3), chips[:6], name="rollout.mesh")
 
 
 @dataclass(frozen=True)
