@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from alignjax.plan import given, sampled
+from alignjax.plan import given, responses, sampled, taught
 from alignjax.plan.programs import Programs
 from alignjax.plan.shapes import Shapes
 
@@ -17,7 +17,10 @@ PLANNED: dict[str, Callable[[Any, Mesh, Shapes], Programs]] = {
     "preference": given.preference,
     "grpo": sampled.grpo,
     "ppo": sampled.ppo,
-    "sample": sampled.responses,
-    "reject": sampled.responses,
+    "online_preference": taught.online_preference,
+    "distill": taught.distill,
+    "online_distill": taught.online_distill,
+    "sample": responses.responses,
+    "reject": responses.responses,
 }
 """Phases that can be planned."""

@@ -1,4 +1,4 @@
-"""What phases compile that train on, or write down, what a model samples."""
+"""What phases compile that train on what a model samples."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from alignjax.phases.grpo_config import GrpoConfig, RlConfig
 from alignjax.phases.ppo_config import PpoConfig
 from alignjax.phases.ppo_rows import with_texts
 from alignjax.phases.ppo_state import Extra
+from alignjax.phases.rollout_devices import RolloutDevices
 from alignjax.phases.rollouts import Rows
-from alignjax.phases.sample_config import ResponsesConfig
-from alignjax.phases.scoring import scored_shape
 from alignjax.plan import weights
 from alignjax.plan.programs import (
     BATCH,
@@ -36,20 +35,19 @@ from alignjax.plan.programs import (
     Programs,
     train_step,
 )
+from alignjax.plan.responses import NOTES, Scorers, reward_models, scoring
 from alignjax.plan.sampling import sampling
 from alignjax.plan.shapes import Shapes
 from alignjax.plan.work import forward_flops, train_flops
-from alignjax.rewards.combine import RewardConfig
+from alignjax.sharding import shardings
 from alignjax.train.step import Batch
 
-CRITIC = "critic"
-Scorers = list[tuple[str, Any, Any]]
-"""Reward models: name, model and parameters of each."""
+CRITIC, MOVED = "critic", "moved weights"
 
 
 def grpo(config: GrpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     """Sampling, rewards, log-probs of the reference, and updates."""
-    _check(config)
+    check(config)
     policy = weights.policy(config.model, shapes.of_source(config.model, config), mesh)
     algorithm, frozen, whole = config.algorithm, policy.frozen, policy.whole(policy.params)
     functions = grpo_phase.make_functions(config, policy.model, mesh, frozen)
@@ -62,43 +60,43 @@ def grpo(config: GrpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
         mesh,
         reference=reference if algorithm.reference_every else None,
     )
-    scorers, models = _rewards(config.rewards, mesh, shapes)
+    scorers, models = reward_models(config.rewards, mesh, shapes)
     beside = {REFERENCE: reference, **models}
     resident = {PARAMS: policy.params, OPTIMIZER: state.opt_state, FROZEN: frozen, **beside}
     layout = Rows.shared_where(config, mesh)
-    found = _rollouts(config, policy, mesh, resident, scorers)
+    found = rollouts(config, policy, mesh, resident, scorers)
 
-    def scoring(name: str, function: Any, role: str, params: Any, rows: Any, times: int) -> Program:
+    def asked(name: str, function: Any, role: str, params: Any, rows: Any, times: int) -> Program:
         lower = lambda: function.lower(params, rows)  # noqa: E731
         return Program(name, lower, (role, BATCH), resident, times=times)
 
     parts = algorithm.num_minibatches
-    batch = weights.batch(_rows_of(layout, "old_logps", "advantages"), mesh)
+    batch = weights.batch(rows_of(layout, "old_logps", "advantages"), mesh)
     if algorithm.kl_coef > 0 and algorithm.kl_in_reward:
-        every = weights.batch(_rows_of(layout, "old_logps", num_updates=parts), mesh)
+        every = weights.batch(rows_of(layout, "old_logps", num_updates=parts), mesh)
         found.append(
-            scoring("reference scoring", functions.ref_logps, ref_role, ref_params, every, 1)
+            asked("reference scoring", functions.ref_logps, ref_role, ref_params, every, 1)
         )
     if algorithm.old_logps == "trainer":
         batch = {**batch, "sampler_logps": batch["old_logps"]}
-        found.append(scoring("old log-probs", functions.logps, PARAMS, whole, batch, parts))
+        found.append(asked("old log-probs", functions.logps, PARAMS, whole, batch, parts))
     if algorithm.has_kl_in_loss and not functions.has_joint_reference:
         found.append(
-            scoring("reference scoring", functions.ref_logps, ref_role, ref_params, batch, parts)
+            asked("reference scoring", functions.ref_logps, ref_role, ref_params, batch, parts)
         )
         batch = {**batch, "ref_logps": batch["old_logps"]}
     times = algorithm.num_updates * parts
     step = train_step(functions.step, state, batch, frozen, times=times, beside=beside)
-    num_tokens = _num_tokens(config)
+    num_tokens = num_tokens_of(config)
     flops = train_flops(
-        policy.model.config, _longest(config), num_tokens / parts, lora=frozen is not None
+        policy.model.config, longest_of(config), num_tokens / parts, lora=frozen is not None
     )
-    return Programs([*found, step.with_flops(flops)], num_tokens, config.loop.steps, list(_NOTES))
+    return Programs([*found, step.with_flops(flops)], num_tokens, config.loop.steps, list(NOTES))
 
 
 def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     """Sampling, rewards, what reference and critic say, advantages, and updates."""
-    _check(config)
+    check(config)
     policy = weights.policy(config.model, shapes.of_source(config.model, config), mesh)
     algorithm, frozen, parts = config.algorithm, policy.frozen, config.num_minibatches
     critic, critic_shape, critic_params = _critic(config, policy, mesh, shapes)
@@ -107,7 +105,7 @@ def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     roles = {"policy": PARAMS, critic.name: CRITIC}
     extra = Extra(KlControl(jnp.float32(0)), losses.init_moments())
     state = weights.train_state(params, functions.optimizer, mesh, extra=extra)
-    scorers, models = _rewards(config.rewards, mesh, shapes)
+    scorers, models = reward_models(config.rewards, mesh, shapes)
     beside = {
         PARAMS: policy.params,
         CRITIC: critic_params,
@@ -117,17 +115,17 @@ def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     resident = {**beside, OPTIMIZER: state.opt_state, FROZEN: frozen}
     layout = Rows.of(config, mesh)
     own = ["old_logps", *(["sampler_logps"] if algorithm.old_logps == "trainer" else [])]
-    every = weights.batch(_rows_of(layout, *own, "scores", num_updates=parts), mesh)
+    every = weights.batch(rows_of(layout, *own, "scores", num_updates=parts), mesh)
     whole = {**params, "policy": policy.whole(policy.params)}
-    found = _rollouts(config, policy, mesh, resident, scorers)
+    found = rollouts(config, policy, mesh, resident, scorers)
 
-    def scoring(name: str, function: Any, role: Any, params: Any) -> Program:
+    def asked(name: str, function: Any, role: Any, params: Any) -> Program:
         return Program(name, lambda: function.lower(params, every), (role, BATCH), resident)
 
     if algorithm.old_logps == "trainer":
-        found.append(scoring("old log-probs", functions.logps, PARAMS, whole["policy"]))
+        found.append(asked("old log-probs", functions.logps, PARAMS, whole["policy"]))
     is_lora = frozen is not None
-    reference = scoring(
+    reference = asked(
         "reference scoring",
         functions.ref_logps,
         FROZEN if is_lora else REFERENCE,
@@ -153,101 +151,55 @@ def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
         times=algorithm.num_epochs * parts,
         beside=beside,
     )
-    num_tokens, longest = _num_tokens(config), _longest(config)
+    num_tokens, longest = num_tokens_of(config), longest_of(config)
     flops = train_flops(policy.model.config, longest, num_tokens / parts, lora=is_lora)
     if critic_shape is not None:
         flops += train_flops(critic_shape, longest, num_tokens / parts, unembed=False)
     found += [
         reference.with_flops(num_tokens * forward_flops(policy.model.config, longest)),
-        scoring("critic scoring", functions.values, roles, whole),
+        asked("critic scoring", functions.values, roles, whole),
         advantages,
         step.with_flops(flops),
     ]
-    return Programs(found, num_tokens, config.loop.steps, list(_NOTES))
+    return Programs(found, num_tokens, config.loop.steps, list(NOTES))
 
 
-def responses(config: ResponsesConfig, mesh: Mesh, shapes: Shapes) -> Programs:
-    """Phases sample and reject: completions of a batch of prompts, and their rewards."""
-    limits = config.rollout
-    model = weights.loaded(shapes.of(config.model.path), mesh, compute=config.model.compute_dtype)
-    scorers, models = _rewards(getattr(config, "rewards", None), mesh, shapes)
-    resident = {PARAMS: model.params, **models}
-    found = sampling(
-        model.model,
-        model.params,
-        limits,
-        mesh,
-        resident,
-        num_samples=limits.num_samples,
-        repetition_penalty=limits.repetition_penalty,
-    )
-    longest = limits.max_prompt_tokens + limits.max_tokens
-    total = limits.num_prompts * limits.num_samples
-    found += [_scoring(scorer, mesh, resident, longest, total) for scorer in scorers]
-    most, notes = config.data.num_prompts, list(_NOTES)
-    if most is None:
-        notes.append("how many prompts there are the data say: one batch of them is counted")
-    steps = 1 if most is None else -(-most // limits.num_prompts)
-    return Programs(found, float(total * longest), steps, notes)
-
-
-_NOTES = (
-    "prompts and completions are taken to be as long as they may be, one round of sampling to an "
-    "iteration, and each token of a row to be a target",
-)
-
-
-def _check(config: RlConfig) -> None:
+def check(config: RlConfig) -> None:
     if config.deterministic:
         raise UserError(
             "deterministic: true samples as one device of a CPU does, to look for faults: leave it "
             "out to plan"
         )
+    if config.rollout.devices:
+        raise UserError(
+            f"rollout.devices={config.rollout.devices}: a plan knows devices that sample and train "
+            "in turn so far: leave rollout.devices and max_staleness out, for a plan of both alike"
+        )
 
 
-def _rollouts(
+def rollouts(
     config: RlConfig,
     policy: weights.Weights,
     mesh: Mesh,
     resident: dict[str, Any],
     scorers: Scorers,
 ) -> list[Program]:
-    """Sampling by the policy, and the reward models that score it."""
-    limits, whole = config.rollout, policy.whole(policy.params)
-    found = sampling(policy.model, whole, limits, mesh, resident, num_samples=limits.group_size)
+    """Sampling by the policy, on a mesh of its own where there is one, and the reward models that
+    score it."""
+    limits, whole, role = config.rollout, policy.whole(policy.params), PARAMS
+    model, where, found, beside = policy.model, mesh, [], resident
+    if limits.mesh is not None:
+        devices = RolloutDevices(limits, mesh)
+        model, where, role = devices.model(model), devices.mesh, MOVED
+        moved = weights.placed(whole, shardings(model.logical_axes(), where, whole))
+        targets = jax.tree.map(lambda x: x.sharding, moved)
+        move = jax.jit(lambda params: params, out_shardings=targets)
+        original = whole
+        found.append(Program("move the weights", lambda: move.lower(original), (PARAMS,), resident))
+        whole, beside = moved, {**resident, MOVED: moved}
+    found += sampling(model, whole, limits, where, beside, num_samples=limits.group_size, role=role)
     total = limits.num_prompts * limits.group_size
-    return found + [_scoring(one, mesh, resident, _longest(config), total) for one in scorers]
-
-
-def _rewards(
-    config: RewardConfig | None, mesh: Mesh, shapes: Shapes
-) -> tuple[Scorers, dict[str, Any]]:
-    """The reward models; and their parameters by their role."""
-    found = [
-        (name, *weights.reward_model(model, shapes.of(model.path), mesh))
-        for name, model in ({} if config is None else config.models).items()
-    ]
-    return found, {f"reward {name}": params for name, _, params in found}
-
-
-def _scoring(
-    scorer: tuple[str, Any, Any], mesh: Mesh, resident: Any, longest: int, num_texts: int
-) -> Program:
-    """As `phases.scoring.RewardModel` scores so many texts."""
-    name, model, params = scorer
-    num_rows, row_len = scored_shape(longest, mesh)
-    tokens = np.zeros((num_rows, row_len), np.int32)
-    rows = weights.batch(dict.fromkeys(("tokens", "segment_ids", "positions"), tokens), mesh, 0)
-    return Program(
-        f"reward {name}",
-        lambda: jax.jit(model.apply).lower(params, *rows.values()),
-        (f"reward {name}", BATCH, BATCH, BATCH),
-        resident,
-        times=-(-num_texts // (num_rows * max(1, row_len // longest))),
-        model_flops=num_rows
-        * row_len
-        * forward_flops(model.decoder.config, row_len, unembed=False),
-    )
+    return found + [scoring(one, mesh, resident, longest_of(config), total) for one in scorers]
 
 
 def _critic(
@@ -273,7 +225,7 @@ def _critic(
     return SimpleNamespace(name=CRITIC, values=values), shape, found.params
 
 
-def _rows_of(layout: Rows, *names: str, num_updates: int = 1) -> dict[str, np.ndarray]:
+def rows_of(layout: Rows, *names: str, num_updates: int = 1) -> dict[str, np.ndarray]:
     """Rows of updates as `Rows.pack` lays them out, almost empty, with arrays of these names."""
     one = {"tokens": np.zeros(2, np.int32), "mask": np.array([False, True])}
     one |= {name: np.zeros(2, np.float32) for name in names}
@@ -282,7 +234,7 @@ def _rows_of(layout: Rows, *names: str, num_updates: int = 1) -> dict[str, np.nd
 
 def _update(config: PpoConfig, layout: Rows, names: list[str]) -> dict[str, np.ndarray]:
     """The rows of an update of PPO, with those of texts where there are any."""
-    rows = _rows_of(layout, *names, "returns", "advantages", "old_values")
+    rows = rows_of(layout, *names, "returns", "advantages", "old_values")
     if config.ptx is None:
         return rows
     shape = layout.num_parts, config.ptx.rows, layout.row_len
@@ -290,9 +242,9 @@ def _update(config: PpoConfig, layout: Rows, names: list[str]) -> dict[str, np.n
     return with_texts(rows, {name: np.ones(shape, kind) for name, kind in kinds.items()})
 
 
-def _longest(config: RlConfig) -> int:
+def longest_of(config: RlConfig) -> int:
     return config.rollout.max_prompt_tokens + config.rollout.max_tokens
 
 
-def _num_tokens(config: RlConfig) -> float:
-    return float(config.rollout.num_prompts * config.rollout.group_size * _longest(config))
+def num_tokens_of(config: RlConfig) -> float:
+    return float(config.rollout.num_prompts * config.rollout.group_size * longest_of(config))

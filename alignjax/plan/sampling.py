@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from alignjax.core.types import Params, Sampling
 from alignjax.generate import decode, make_generate
@@ -17,13 +17,11 @@ from alignjax.generate.call import Call
 from alignjax.generate.decode import Entry, Rows
 from alignjax.generate.schedule import Ladder
 from alignjax.models import Model
-from alignjax.models.decoding import Own, Prompts, empty_own
+from alignjax.models.decoding import Own, Prompts, empty_own, kv_sharding
 from alignjax.plan.programs import BATCH, KV, OTHER, PARAMS, Program
 from alignjax.plan.weights import placed, replicated
-from alignjax.sharding import fit
-from alignjax.sharding.mesh import BATCH_AXES
 
-SAMPLED = "sampling weights"
+CODED = "coded weights"
 
 
 def sampling(
@@ -58,7 +56,7 @@ def sampling(
         targets = quantize.lower(params).compile().output_shardings
         params = placed(shapes, targets)
         found.append(Program("quantize", lambda: quantize.lower(full), (role,), resident))
-        resident, role = {**resident, SAMPLED: params}, SAMPLED
+        resident, role = {**resident, CODED: params}, CODED
     model, total = engine.model, limits.num_prompts * num_samples
     ladder = Ladder.of(
         limits.num_prompts, limits.max_prompt_tokens, num_samples, limits.max_tokens,
@@ -156,13 +154,7 @@ def share_of_late(ladder: Ladder) -> float:
 
 
 def _kv(tree: Any, mesh: Mesh) -> Any:
-    """Keys or values [L, N, K, ...]: rows over the batch's axes, heads over tensor."""
-
-    def sharding(x: Any) -> NamedSharding:
-        spec = PartitionSpec(None, BATCH_AXES, "tensor", *[None] * (x.ndim - 3))
-        return fit(NamedSharding(mesh, spec), x)
-
-    return placed(tree, jax.tree.map(sharding, tree))
+    return placed(tree, jax.tree.map(lambda x: kv_sharding(x, mesh), tree))
 
 
 def _prompts(prompts: Prompts, mesh: Mesh) -> Prompts:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignjax.core.errors import UserError
 from alignjax.core.types import LENGTH, Completions, Score
 from alignjax.generate import decode
 from alignjax.models import Model, ModelConfig, ScalarModel, save, save_reward
@@ -73,7 +74,10 @@ def config_of(world, phase, **changes):
         "preference": {"data": comparisons, "cache_dir": str(world / "cache")},
         "grpo": {**rl, "algorithm": {"kl_coef": 0.1}},
         "ppo": {**rl, "algorithm": {"num_epochs": 1}},
+        "online_preference": rl,
+        "online_distill": {**rl, "rewards": None, "teacher": {"path": str(world / "base")}},
     }  # fmt: skip
+    own["distill"] = {**own["sft"], "teacher": {"path": str(world / "base")}}
     values = {
         "phase": phase,
         "name": "x",
@@ -134,6 +138,8 @@ def update_of(phase, seen, noted):
     if hasattr(phase, "_ref_logps"):
         phase._ref_logps = noted("reference scoring", logps)
         phase._logps = noted("old log-probs", logps)
+    if hasattr(phase, "_teacher_logps"):
+        phase._teacher_logps = noted("teacher scoring", logps)
     if hasattr(phase, "_values"):
         phase._values = noted("critic scoring", logps)
         phase._experience = noted("advantages", lambda kl, *rest: Experience(kl, kl, kl))
@@ -160,15 +166,19 @@ def assert_given(program, args, where):
 @pytest.mark.parametrize(
     ("phase", "changes"),
     [
-        ("sft", {}),
+        pytest.param("sft", {}, marks=pytest.mark.slow),
         ("sft", {"model__lora": {"rank": 2, "dropout": 0.1}}),
         ("reward", {}),
-        ("preference", {}),
+        pytest.param("preference", {}, marks=pytest.mark.slow),
         ("preference", {"losses": {"kto": {}}}),
         ("grpo", {}),
         ("grpo", {"algorithm": {"kl_coef": 0.1, "old_logps": "trainer", "num_minibatches": 2}}),
-        ("grpo", {"model__lora": {"rank": 2}}),
+        pytest.param("grpo", {"model__lora": {"rank": 2}}, marks=pytest.mark.slow),
         ("ppo", {}),
+        ("distill", {}),
+        ("online_distill", {"divergence": {"kind": "sampled_reverse_kl"}}),
+        pytest.param("online_distill", {}, marks=pytest.mark.slow),
+        ("online_preference", {"losses": {"kto": {}}}),
         ("ppo", {"critic": {"trunk": "shared"}, "algorithm": {"old_logps": "trainer"}}),
     ],
 )
@@ -176,15 +186,21 @@ def test_updates_are_given_what_is_planned(world, mesh, stopped, phase, changes)
     seen, noted = stopped
     config = config_of(world, phase, **changes)
     real = PHASES[phase][1](config, mesh)
-    if phase == "preference":
+    if hasattr(real, "_learner"):
         real._learner.kl = noted("mismatch KL", lambda params, batch: (losses_zero(), {}))
     state, batch = update_of(real, seen, noted)
     programs = {p.name: p for p in PLANNED[phase](config, mesh, Shapes()).all}
     policy = getattr(real, "_policy", None) or real._reward
-    frozen = policy.frozen if phase != "ppo" or policy.frozen is None else {"policy": policy.frozen}
+    frozen = policy.frozen
+    if phase == "distill":
+        frozen = real._teacher.frozen
+    elif phase == "online_distill" and config.divergence.kind != "sampled_reverse_kl":
+        frozen = real._both
+    elif phase == "ppo" and frozen is not None:
+        frozen = {"policy": frozen}
     assert_given(programs["train step"], (state, frozen, batch), "train step")
     for name, args in seen.items():
-        kept = args[1:] if phase == "preference" and name == "reference scoring" else args
+        kept = args[1:] if hasattr(real, "_learner") and name == "reference scoring" else args
         assert_given(programs[name], kept, name)
     # Parameters and moments, and where they lie.
     for role, tree in ((PARAMS, state.params), (OPTIMIZER, state.opt_state)):
@@ -328,3 +344,20 @@ def test_what_lies_beside_is_counted_once(mesh):
     assert found.parts[PARAMS] == 1024 * 4 // 4
     assert found.parts["batch"] == 8 * 4
     assert found.argument_bytes == 64 * 4 // 2 + 8 * 4 == found.compiler_argument_bytes
+
+
+def test_weights_that_lie_otherwise_while_they_sample(world, mesh):
+    rollout = {"num_prompts": 8, "max_prompt_tokens": 20, "max_tokens": 40,
+               "mesh": {"data": 2, "tensor": 4}}  # fmt: skip
+    programs = PLANNED["grpo"](config_of(world, "grpo", rollout=rollout), mesh, Shapes()).all
+    found = {program.name: program for program in programs}
+    moved = found["prefill"].resident["moved weights"]
+    kernel = moved["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 8)  # tensor 4, no fsdp
+    assert "moved weights" not in found["train step"].resident
+    assert "moved weights" not in found["reward learned"].resident
+    infos = found["prefill"].lower().args_info[0][0]
+    assert [x.shape for x in jax.tree.leaves(infos)] == [x.shape for x in jax.tree.leaves(moved)]
+    with pytest.raises(UserError, match=r"rollout\.devices=4: a plan knows devices that"):
+        rollout = {"num_prompts": 8, "max_prompt_tokens": 20, "max_tokens": 40, "devices": 4}
+        PLANNED["grpo"](config_of(world, "grpo", rollout=rollout), mesh, Shapes())
