@@ -15,6 +15,7 @@ from alignjax.core.errors import Terminated, UserError
 
 VERBS = {
     "run": "train what a config describes; resumes where it stopped",
+    "plan": "memory and time of a run on a pod that is not there",
     "inspect": "show a batch of the data, with what is trained on",
     "generate": "sample completions of prompts from a model directory",
     "label": "rank responses on a web page, alone or with others",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from alignjax.core.loops import turning
 from alignjax.core.types import Params
 from alignjax.generate.sample import Truncation, sample_token
 from alignjax.models import Model
@@ -221,7 +222,8 @@ def advance(
     rows = rows._replace(is_done=rows.is_done | is_empty)
     tokens = jnp.zeros((num_rows, STEPS), jnp.int32)
     state = (jnp.int32(0), rows, tokens, tokens.astype(jnp.float32))
-    _, rows, tokens, logps = jax.lax.while_loop(go_on, step_on, state)
+    with turning(STEPS):
+        _, rows, tokens, logps = jax.lax.while_loop(go_on, step_on, state)
     return _spread(rows, mesh), tokens, logps
 
 

@@ -105,6 +105,9 @@ class Algorithm:
       kl_coef: weight of the KL to the reference; 0 needs no reference.
       kl_in_reward: whether the KL is taken off the rewards, with k1 and no gradient of its own,
         instead of being added to the loss.
+      importance_cap: weighs the terms of each token by how much more likely it is under the policy
+        of `old_logp` than under what has sampled it, at most so much (`ratio.truncated_weight`);
+        None: no weights.
       options: hyperparameters of the surrogate that differ from its defaults.
     """
 
@@ -115,6 +118,7 @@ class Algorithm:
     kl: str = "k3"
     kl_coef: float = 0.0
     kl_in_reward: bool = False
+    importance_cap: float | None = None
     options: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -163,6 +167,8 @@ class PolicyLoss(NamedTuple):
     surrogate: Surrogate
     kl: Array | None
     """[B, T] float32, nats; None where there is no KL in the loss."""
+    weights: Array | None
+    """[B, T] float32, dimensionless; of importance, None where there are none. No gradient."""
 
 
 def policy_loss(
@@ -175,8 +181,9 @@ def policy_loss(
     segment_ids: Array,
     *,
     max_len: int,
+    rollout_logp: Array | None = None,
 ) -> PolicyLoss:
-    """The loss that an algorithm chooses: reduce(surrogate + kl_coef * kl).
+    """The loss that an algorithm chooses: reduce(weight * (surrogate + kl_coef * kl)).
 
     Args:
       logp: [B, T] float32, nats; log-prob of each token under the policy. Carries gradient.
@@ -187,11 +194,14 @@ def policy_loss(
       mask: [B, T] bool; True on completion tokens. Elsewhere inputs may be anything.
       segment_ids: [B, T] int32; the sequence of each token within its row.
       max_len: tokens; limit on the length of a completion, read by `fixed_length`.
+      rollout_logp: [B, T] float32, nats; as recorded while sampling. None if there is no
+        `importance_cap`. Gradient stopped.
     """
     level = LEVELS[algorithm.level]
+    old = level(old_logp, mask, segment_ids)
     surrogate = SURROGATES[algorithm.surrogate](
         level(logp, mask, segment_ids),
-        level(old_logp, mask, segment_ids),
+        old,
         advantages,
         mask,
         segment_ids,
@@ -203,5 +213,15 @@ def policy_loss(
             raise ValueError(f"ref_logp=None with kl_coef={algorithm.kl_coef}: expected log-probs")
         penalty = KL_ESTIMATORS[algorithm.kl](logp, old_logp, ref_logp, mask)
         loss = loss + algorithm.kl_coef * penalty
+    weights = None
+    if algorithm.importance_cap is not None:
+        if rollout_logp is None:
+            raise ValueError(
+                f"rollout_logp=None with importance_cap={algorithm.importance_cap}: expected "
+                "log-probs"
+            )
+        rollout = level(rollout_logp, mask, segment_ids)
+        weights = ratio.truncated_weight(old, rollout, mask, cap=algorithm.importance_cap)
+        loss = weights * loss
     reduction = REDUCTIONS[algorithm.reduction]
-    return PolicyLoss(reduction(loss, mask, segment_ids, max_len), surrogate, penalty)
+    return PolicyLoss(reduction(loss, mask, segment_ids, max_len), surrogate, penalty, weights)

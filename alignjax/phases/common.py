@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,7 +22,7 @@ from alignjax.losses import TokenLogps, next_token_logps
 from alignjax.losses.vocabulary import default_chunk_size
 from alignjax.models import Model, ModelConfig, load, load_eos_ids, lora, peft, save
 from alignjax.models.lora import LoraConfig
-from alignjax.sharding import MeshConfig, batch_shards, init_sharded, shardings
+from alignjax.sharding import MeshConfig, batch_shards, init_sharded, make_mesh, shardings
 from alignjax.text import HFTokenizer, check_fits, load_tokenizer, stop_ids
 from alignjax.train.loop import LoopConfig
 from alignjax.train.optim import OptimizerConfig
@@ -90,6 +90,13 @@ class PhaseConfig(Config):
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig()
+
+    def training_mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh of what trains, on all devices (of all processes), or on those given.
+
+        Raises: UserError: if they do not fit it.
+        """
+        return make_mesh(self.mesh, devices)
 
     def tokenizer_source(self) -> str:
         """Where the tokenizer is: named by itself, or the model's. Raises UserError if neither."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from alignjax.core.keys import named_key
 from alignjax.core.types import Params, Sampling, Weighted
 from alignjax.models import Model, lora
 from alignjax.phases.common import Policy, score_tokens
+from alignjax.phases.disaggregated import make_schedule, staleness_metrics
 from alignjax.phases.grpo_config import AlgorithmConfig, GrpoConfig
 from alignjax.phases.rollouts import (
     Rows,
@@ -24,15 +25,17 @@ from alignjax.phases.rollouts import (
     make_logps,
     sample_metrics,
     sampler_metrics,
+    sampler_warnings,
     sequence,
     shown_first,
+    weight_metrics,
 )
 from alignjax.rewards.rollout import Rollouts
 from alignjax.sharding import batch_shards, copied, fetch, put_batch
 from alignjax.train.loop import Collected, Evaluated
-from alignjax.train.optim import make_optimizer
+from alignjax.train.optim import Optimizer, make_optimizer
 from alignjax.train.state import TrainState, create_state
-from alignjax.train.step import Batch, Metrics, make_step
+from alignjax.train.step import Batch, Metrics, Step, make_step
 
 
 def grpo_loss(
@@ -57,6 +60,7 @@ def grpo_loss(
         mask,
         batch.get("sequence_ids", batch["segment_ids"]),
         max_len=max_tokens,
+        rollout_logp=batch.get("sampler_logps"),
     )
     surrogate = found.surrogate
     assert out.entropies is not None
@@ -66,10 +70,60 @@ def grpo_loss(
         "clip_ratio/high_mean": losses.token_mean(surrogate.is_high.astype(jnp.float32), mask),
         "clip_ratio/region_mean": losses.token_mean(surrogate.is_clipped.astype(jnp.float32), mask),
         **sampler_metrics(out.logps, batch.get("sampler_logps", old_logps), mask),
+        **weight_metrics(found.weights, algorithm.importance_cap, mask),
     }
     if found.kl is not None:
         metrics["kl"] = losses.token_mean(found.kl, mask)
     return found.loss, metrics
+
+
+class Functions(NamedTuple):
+    """What the phase compiles, besides the sampler and the rewards."""
+
+    optimizer: Optimizer
+    step: Step
+    ref_logps: Callable[[Params, Batch], Array]
+    logps: Callable[[Params, Batch], Array]
+    has_joint_reference: bool
+    """The reference's log-probs are computed in the step, beside those of the policy."""
+
+
+def make_functions(
+    config: GrpoConfig, model: Model, mesh: Mesh, frozen: Params | None = None
+) -> Functions:
+    """Args: frozen: the base under LoRA; None: all parameters train."""
+    algorithm, temperature = config.algorithm, config.rollout.temperature
+    optimizer = make_optimizer(
+        config.optimizer,
+        config.loop.steps * algorithm.num_updates * algorithm.num_minibatches,
+    )
+    # Under LoRA a reference that stays is the base: no second copy of the weights.
+    is_base = frozen is not None and not algorithm.reference_every
+    reference = lora.base(model) if is_base else model
+    # And its log-probs are computed beside those of the policy, unless they are read twice.
+    has_joint_reference = is_base and algorithm.has_kl_in_loss and algorithm.num_updates == 1
+    num_shards = batch_shards(mesh)
+
+    def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
+        if has_joint_reference:
+            _, base = lora.split(params)
+            found = score_tokens(
+                reference, base, batch,
+                num_shards=num_shards, temperature=temperature, with_entropy=False,
+            )  # fmt: skip
+            batch = {**batch, "ref_logps": jax.lax.stop_gradient(found.logps)}
+        return grpo_loss(
+            model, params, batch, algorithm,
+            temperature=temperature, max_tokens=config.rollout.max_tokens, num_shards=num_shards,
+        )  # fmt: skip
+
+    return Functions(
+        optimizer,
+        make_step(loss, optimizer, frozen),
+        make_logps(reference, mesh, temperature=temperature),
+        make_logps(model, mesh, temperature=temperature),
+        has_joint_reference,
+    )
 
 
 class Grpo:
@@ -84,41 +138,13 @@ class Grpo:
     def __init__(self, config: GrpoConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._policy = Policy(config, mesh)
-        model, rollout, algorithm = self._policy.model, config.rollout, config.algorithm
-        self._rows = Rows.of(config, mesh)
-        if (num_sharing := config.num_sharing(mesh)) > 1:
-            self._rows = Rows.sharing(config, mesh, num_sharing)
+        self._rows = Rows.shared_where(config, mesh)
         self._sampler = Sampler(config, self._policy, mesh)
         self._sampling = self._sampler.sampling
-        self._optimizer = make_optimizer(
-            config.optimizer,
-            config.loop.steps * algorithm.num_updates * algorithm.num_minibatches,
-        )
-        # Under LoRA a reference that stays is the base: no second copy of the weights.
+        self._schedule = make_schedule(config, self._sampler, self._rounds)
         self._reference: Params | None = None
-        is_base = self._policy.frozen is not None and not algorithm.reference_every
-        reference = self._policy.reference_model if is_base else model
-        # And its log-probs are computed beside those of the policy, unless they are read twice.
-        self._has_joint_reference = is_base and self._has_kl_in_loss and algorithm.num_updates == 1
-        num_shards = batch_shards(mesh)
-
-        def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
-            if self._has_joint_reference:
-                _, base = lora.split(params)
-                found = score_tokens(
-                    reference, base, batch,
-                    num_shards=num_shards, temperature=rollout.temperature, with_entropy=False,
-                )  # fmt: skip
-                batch = {**batch, "ref_logps": jax.lax.stop_gradient(found.logps)}
-            return grpo_loss(
-                model, params, batch, algorithm,
-                temperature=rollout.temperature, max_tokens=rollout.max_tokens,
-                num_shards=num_shards,
-            )  # fmt: skip
-
-        self._step = make_step(loss, self._optimizer, self._policy.frozen)
-        self._ref_logps = make_logps(reference, mesh, temperature=rollout.temperature)
-        self._logps = make_logps(model, mesh, temperature=rollout.temperature)
+        found = make_functions(config, self._policy.model, mesh, self._policy.frozen)
+        self._optimizer, self._step, self._ref_logps, self._logps, self._has_joint_reference = found
 
     # --- init -----------------------------------------------------------------------------------
 
@@ -132,10 +158,11 @@ class Grpo:
                 self._reference = self._policy.frozen
             else:
                 self._reference = copied(params)
-        return create_state(params, self._optimizer.transform, key, reference=reference)
+        state = create_state(params, self._optimizer.transform, key, reference=reference)
+        return self._schedule.begin(state, params)
 
     def records(self) -> Any:
-        return self._sampler.records()
+        return self._schedule.records(self._sampler.records())
 
     # --- collect --------------------------------------------------------------------------------
 
@@ -145,14 +172,7 @@ class Grpo:
         algorithm, step = self._config.algorithm, int(state.step)
         if state.reference is not None and step and step % algorithm.reference_every == 0:
             state = state._replace(reference=copied(state.params))
-        rounds = []
-        num_informative = 0
-        for number in range(algorithm.max_rounds if algorithm.dynamic_sampling else 1):
-            key = named_key(state.key, "rollout", step, number)
-            rounds.append(self._rollout(state.params, next(records), key, self._sampling))
-            num_informative += int(is_informative(rounds[-1].rewards).sum())
-            if num_informative >= self._config.rollout.num_prompts:
-                break
+        state, rounds = self._schedule(state, state.params, records)
         failed = self._sampler.check([score for r in rounds for score in r.scores])
         sequences, metrics = self._sequences(state, rounds)
         warnings = [*(self._sampler.warnings if step == 0 else ()), *failed]
@@ -161,16 +181,30 @@ class Grpo:
             batches=self._batches(state, sequences, step),
             num_tokens=sum(r.num_tokens for r in rounds),
             metrics=self._host_metrics(rounds)
+            | staleness_metrics(rounds, step)
             | metrics
             | {"epoch": records.epoch, "num_dropped": records.num_dropped},
             samples=rounds[0].records(shown),
             warnings=warnings,
         )
 
+    def _rounds(self, params: Params, records: Any, key: Array, step: int) -> list[Rollouts]:
+        """What iteration `step` samples, one round after another until it has enough."""
+        algorithm = self._config.algorithm
+        rounds: list[Rollouts] = []
+        num_informative = 0
+        for number in range(algorithm.max_rounds if algorithm.dynamic_sampling else 1):
+            of_round = named_key(key, "rollout", step, number)
+            rounds.append(self._rollout(params, next(records), of_round, self._sampling))
+            num_informative += int(is_informative(rounds[-1].rewards).sum())
+            if num_informative >= self._config.rollout.num_prompts:
+                break
+        return rounds
+
     def _rollout(
         self, params: Params, prompts: list[Any], key: Array, sampling: Sampling
     ) -> Rollouts:
-        return self._sampler(self._policy.whole(params), prompts, key, sampling)
+        return self._sampler(params, prompts, key, sampling)
 
     def _sequences(
         self, state: TrainState, rounds: list[Rollouts]
@@ -248,11 +282,6 @@ class Grpo:
         kl = fetch(estimator(old, old, ref, mask)).reshape(-1)
         return np.bincount(owners, kl, minlength=len(sequences)).astype(np.float32)
 
-    @property
-    def _has_kl_in_loss(self) -> bool:
-        algorithm = self._config.algorithm
-        return algorithm.kl_coef > 0 and not algorithm.kl_in_reward
-
     def _ref(self, state: TrainState) -> Params:
         if state.reference is not None:
             return self._policy.whole(state.reference)
@@ -275,7 +304,7 @@ class Grpo:
             if algorithm.old_logps == "trainer":
                 batch["sampler_logps"] = batch["old_logps"]
                 batch["old_logps"] = self._logps(self._policy.whole(state.params), batch)
-            if self._has_kl_in_loss and not self._has_joint_reference:
+            if algorithm.has_kl_in_loss and not self._has_joint_reference:
                 batch["ref_logps"] = self._ref_logps(self._ref(state), batch)
             batches.append(batch)
         for _ in range(algorithm.num_updates):
@@ -317,13 +346,7 @@ class Grpo:
                 f"the KL to the reference is {metrics['kl']:.3g} nats per token: lower "
                 "optimizer.learning_rate or raise algorithm.kl_coef"
             )
-        if metrics.get("sampling/sampling_logp_difference/max", 0.0) > 1:
-            found.append(
-                "the sampler's log-probs differ from the trainer's by "
-                f"{metrics['sampling/sampling_logp_difference/max']:.3g} nats: with compute_dtype "
-                "bfloat16 try float32; in float32 this is a bug, please report it"
-            )
-        return found
+        return found + sampler_warnings(metrics)
 
     def evaluate(self, state: TrainState) -> Evaluated:
         """Rewards, their parts and lengths on held-out problems, sampled and greedy."""
@@ -338,6 +361,9 @@ class Grpo:
 
     def export(self, state: TrainState, path: Path) -> None:
         self._policy.export(state.params, path)
+
+    def close(self) -> None:
+        self._schedule.close()
 
 
 def is_informative(rewards: np.ndarray) -> np.ndarray:

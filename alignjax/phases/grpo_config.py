@@ -1,19 +1,21 @@
 """What can be set of the RL phase, and the presets that name a paper."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from alignjax import losses
 from alignjax.core.config import Config
 from alignjax.data import TextConfig
 from alignjax.phases.common import PhaseConfig
+from alignjax.phases.rollout_config import RolloutConfig
 from alignjax.rewards.combine import RewardConfig
-from alignjax.sharding import batch_shards
+from alignjax.sharding import batch_shards, make_mesh
 
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {}, "dr_grpo": {}, "dapo": {"dynamic_sampling": True, "overlong_frac": 0.2}, "bnpo": {},
@@ -63,6 +65,11 @@ class AlgorithmConfig(Config):
     """What ratios are taken against: the log-probs recorded while sampling, which cost nothing and
     are those that was sampled from; or those of a forward pass before the first update, for a
     sampler that computes with fewer bits than the trainer."""
+    importance_cap: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Multiplies the loss of a token by exp(old log-prob - that recorded while sampling), but by no
+    more than this: where it was sampled by other weights, or with fewer bits, than are trained (F.
+    Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025).
+    Takes old_logps: trainer; 2 is usual. null: no weights."""
     dynamic_sampling: bool = False
     """Leave out groups whose rewards are all equal, and sample other prompts instead."""
     max_rounds: int = Field(4, ge=1)
@@ -106,6 +113,11 @@ class AlgorithmConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _has_weights(self) -> Self:
+        check_importance_cap(self.old_logps, self.importance_cap)
+        return self
+
+    @model_validator(mode="after")
     def _has_reference(self) -> Self:
         if self.reference_every and not self.kl_coef:
             raise ValueError(
@@ -113,6 +125,10 @@ class AlgorithmConfig(Config):
                 "reference; give both, or neither"
             )
         return self
+
+    @property
+    def has_kl_in_loss(self) -> bool:
+        return self.kl_coef > 0 and not self.kl_in_reward
 
     @property
     def algorithm(self) -> losses.Algorithm:
@@ -126,7 +142,17 @@ class AlgorithmConfig(Config):
             kl=self.kl_estimator,
             kl_coef=self.kl_coef,
             kl_in_reward=self.kl_in_reward,
+            importance_cap=self.importance_cap,
             options={name: value for name, value in options.items() if value is not None},
+        )
+
+
+def check_importance_cap(old_logps: str, importance_cap: float | None) -> None:
+    """Raises: ValueError: if there would be nothing to weigh."""
+    if importance_cap is not None and old_logps != "trainer":
+        raise ValueError(
+            f"importance_cap={importance_cap} with old_logps={old_logps!r}: a weight says how much "
+            "more likely a token is to the trainer than to what sampled it; set old_logps: trainer"
         )
 
 
@@ -140,38 +166,6 @@ _ONE_TOKEN = (
     *(np.zeros((1, 1), np.float32) for _ in range(3)), np.ones((1, 1), bool),
     np.ones((1, 1), np.int32),
 )  # fmt: skip
-
-
-class RolloutConfig(Config):
-    """How prompts are sampled in an iteration."""
-
-    num_prompts: int = Field(32, ge=1)
-    group_size: int = 8
-    """Completions of each prompt; what each is compared with is the others."""
-    max_prompt_tokens: int = Field(256, ge=1)
-    max_tokens: int = Field(256, ge=1)
-    """Limit on the tokens of a completion, EOS included."""
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    stop_tokens: list[str] = []
-    """Tokens that end a completion, besides EOS and what the model's directory lists as such."""
-    max_rows: int = Field(1024, ge=1)
-    """Completions that are sampled at once, at most."""
-    score_early: bool = False
-    """Score completions while others are still being sampled; the scores are the same. It pays
-    where reward functions take long. Not with models or judges, which would share the devices or
-    compare samples."""
-    int8_kv: bool = False
-    """Keeps keys and values of rollouts as int8 codes, to save memory. Log-probs are recorded as
-    they were sampled from: how far those of training are from them is logged."""
-    int8_weights: bool = False
-    """Samples from the kernels of the layers as int8 codes, made anew in each iteration."""
-
-    @field_validator("group_size")
-    @classmethod
-    def _is_group(cls, size: int) -> int:
-        if size < 2:
-            raise ValueError(f"group_size={size} gives no baseline; use at least 2")
-        return size
 
 
 class EvalConfig(Config):
@@ -228,6 +222,11 @@ class RlConfig(PhaseConfig):
                 "deterministic samples by the computation of training, which has no int8: set "
                 "rollout.int8_kv and int8_weights to false"
             )
+        if self.deterministic and (self.rollout.mesh is not None or self.rollout.devices):
+            raise ValueError(
+                "deterministic samples by the computation of training, where that is: leave out "
+                "rollout.mesh and rollout.devices"
+            )
         return self
 
     @model_validator(mode="after")
@@ -257,6 +256,14 @@ class RlConfig(PhaseConfig):
             )
         return self
 
+    def training_mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """Of the devices that do not only sample (`rollout.devices`).
+
+        Raises: UserError: if they do not fit the mesh, or none is left.
+        """
+        devices = jax.devices() if devices is None else devices
+        return make_mesh(self.mesh, self.rollout.training_devices(devices))
+
     @property
     def num_minibatches(self) -> int:
         """Parts that the completions of an iteration are split into."""
@@ -265,6 +272,15 @@ class RlConfig(PhaseConfig):
     @property
     def rows_per_update(self) -> int:
         return self.rollout.num_prompts * self.rollout.group_size // self.num_minibatches
+
+
+def check_staleness(rollout: RolloutConfig, importance_cap: float | None) -> None:
+    """Raises: ValueError: if what older weights sample would be trained on as if they had not."""
+    if rollout.max_staleness and importance_cap is None:
+        raise ValueError(
+            f"rollout.max_staleness={rollout.max_staleness}: what older weights have sampled is "
+            "to be weighed; add algorithm: {old_logps: trainer, importance_cap: 2.0}"
+        )
 
 
 class GrpoData(RlData):
@@ -283,6 +299,11 @@ class GrpoConfig(RlConfig):
     phase: Literal["grpo"]
     data: GrpoData
     algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig(**{}))
+
+    @model_validator(mode="after")
+    def _weighs_what_is_stale(self) -> Self:
+        check_staleness(self.rollout, self.algorithm.importance_cap)
+        return self
 
     @property
     def num_minibatches(self) -> int:

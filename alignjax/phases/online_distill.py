@@ -18,6 +18,7 @@ from alignjax.models import Model
 from alignjax.models.lora import combine
 from alignjax.phases.common import Policy, score_hidden, score_tokens
 from alignjax.phases.corpus import means
+from alignjax.phases.disaggregated import make_schedule, staleness_metrics
 from alignjax.phases.online_distill_config import OnlineDistillConfig
 from alignjax.phases.rollouts import (
     Rows,
@@ -59,6 +60,7 @@ class OnlineDistill:
         self._policy = Policy(config, mesh)
         self._layout = Rows.of(config, mesh)
         self._sampler = Sampler(config, self._policy, mesh)
+        self._schedule = make_schedule(config, self._sampler, self._sampler.one_round)
         self._teacher = load_teacher(config.teacher, self._policy, mesh, self._layout.row_len)
         check_width(self._policy.model, self._teacher.model)
         pair = Pair.of(self._policy, self._teacher, mesh)
@@ -83,22 +85,24 @@ class OnlineDistill:
         self._evaluate = make_evaluate(functools.partial(compared, pair, measured))
 
     def init(self, key: Array) -> TrainState:
-        return create_state(self._policy.init(key), self._optimizer.transform, key)
+        params = self._policy.init(key)
+        state = create_state(params, self._optimizer.transform, key)
+        return self._schedule.begin(state, params)
 
     def records(self) -> Any:
-        return self._sampler.records()
+        return self._schedule.records(self._sampler.records())
 
     def collect(self, state: TrainState, records: Any) -> tuple[TrainState, Collected]:
         """Samples, and asks the teacher where that is done before the updates. Deterministic in
         (state, records)."""
         step, sampling = int(state.step), self._sampler.sampling
-        key = named_key(state.key, "rollout", step)
-        found = self._sampler(self._policy.whole(state.params), next(records), key, sampling)
+        state, (found,) = self._schedule(state, state.params, records)
         failed = self._sampler.check(found.scores)
         return state, Collected(
             batches=self._batches(_sequences(found), step),
             num_tokens=found.num_tokens,
             metrics=self._told(sample_metrics([found]))
+            | staleness_metrics([found], step)
             | {"epoch": records.epoch, "num_dropped": records.num_dropped},
             samples=found.records(shown_first(found, sampling.num_samples)),
             warnings=[*(self._sampler.warnings if step == 0 else ()), *failed],
@@ -138,10 +142,10 @@ class OnlineDistill:
         if not prompts:
             return Evaluated({})
         key = named_key(state.key, "eval", int(state.step))
-        whole = self._policy.whole(state.params)
         metrics, shown, rollouts = evaluate(
-            self._config, self._sampler.sampling, lambda s: self._sampler(whole, prompts, key, s)
-        )
+            self._config, self._sampler.sampling,
+            lambda s: self._sampler(state.params, prompts, key, s),
+        )  # fmt: skip
         metrics = self._told(metrics)
         if "sampled" in rollouts:
             metrics |= self._compared(state.params, rollouts["sampled"])
@@ -163,6 +167,9 @@ class OnlineDistill:
 
     def export(self, state: TrainState, path: Path) -> None:
         self._policy.export(state.params, path)
+
+    def close(self) -> None:
+        self._schedule.close()
 
 
 def check_width(student: Model, teacher: Model) -> None:

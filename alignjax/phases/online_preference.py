@@ -17,6 +17,7 @@ from alignjax.data.comparison_rows import pack_elements
 from alignjax.data.elements import mismatched
 from alignjax.generate import SequenceLogps, make_sequence_logps
 from alignjax.phases.common import Policy, checked_rows
+from alignjax.phases.disaggregated import make_schedule, staleness_metrics
 from alignjax.phases.online_preference_config import OnlineConfig
 from alignjax.phases.preference_loss import ARRAYS, K, Scorer
 from alignjax.phases.preference_step import Learner
@@ -43,6 +44,7 @@ class OnlinePreference:
         self._policy = Policy(config, mesh)
         checked_rows(config.rows_per_update // config.data.micro_batches, mesh)
         self._sampler = Sampler(config, self._policy, mesh)
+        self._schedule = make_schedule(config, self._sampler, self._sampler.one_round)
         self._optimizer = make_optimizer(
             config.optimizer,
             config.loop.steps * config.algorithm.num_updates * config.num_minibatches,
@@ -65,18 +67,18 @@ class OnlinePreference:
                 row_len=rollout.max_prompt_tokens + rollout.max_tokens,
                 temperature=rollout.temperature,
             )  # fmt: skip
-        return create_state(
+        state = create_state(
             params, self._optimizer.transform, key, extra=self._learner.first_extra()
         )
+        return self._schedule.begin(state, params)
 
     def records(self) -> Any:
-        return self._sampler.records()
+        return self._schedule.records(self._sampler.records())
 
     def collect(self, state: TrainState, records: Any) -> tuple[TrainState, Collected]:
         """Samples and scores; deterministic in (state, records) as long as the rewards are."""
         step, sampling = int(state.step), self._sampler.sampling
-        key = named_key(state.key, "rollout", step)
-        found = self._sampler(self._policy.whole(state.params), next(records), key, sampling)
+        state, (found,) = self._schedule(state, state.params, records)
         failed = self._sampler.check(found.scores)
         elements, metrics = best_and_worst(found)
         return state, Collected(
@@ -84,6 +86,7 @@ class OnlinePreference:
             num_tokens=found.num_tokens,
             metrics=sample_metrics([found])
             | metrics
+            | staleness_metrics([found], step)
             | {"epoch": records.epoch, "num_dropped": records.num_dropped},
             samples=found.records(shown_first(found, sampling.num_samples)),
             warnings=[*(self._sampler.warnings if step == 0 else ()), *failed],
@@ -140,10 +143,10 @@ class OnlinePreference:
         if not prompts:
             return Evaluated({})
         key = named_key(state.key, "eval", int(state.step))
-        whole = self._policy.whole(state.params)
         metrics, shown, rollouts = evaluate(
-            self._config, self._sampler.sampling, lambda s: self._sampler(whole, prompts, key, s)
-        )
+            self._config, self._sampler.sampling,
+            lambda s: self._sampler(state.params, prompts, key, s),
+        )  # fmt: skip
         if "sampled" in rollouts and self._reference is not None and self._ref_logps is not None:
             found = rollouts["sampled"]
             out, weights = found.completions, self._reference[1]
@@ -154,6 +157,9 @@ class OnlinePreference:
 
     def export(self, state: TrainState, path: Path) -> None:
         self._policy.export(state.params, path)
+
+    def close(self) -> None:
+        self._schedule.close()
 
 
 def best_and_worst(rollouts: Rollouts) -> tuple[list[Element], dict[str, float]]:

@@ -7,7 +7,13 @@ from pydantic import Field, field_validator, model_validator
 from alignjax import losses
 from alignjax.core.config import Config
 from alignjax.data import TextConfig
-from alignjax.phases.grpo_config import EvalConfig, RlConfig, RolloutConfig
+from alignjax.phases.grpo_config import (
+    EvalConfig,
+    RlConfig,
+    check_importance_cap,
+    check_staleness,
+)
+from alignjax.phases.rollout_config import RolloutConfig
 
 
 class PpoAlgorithm(Config):
@@ -41,6 +47,10 @@ class PpoAlgorithm(Config):
     """What ratios and the KL are taken from: the log-probs recorded while sampling, which cost
     nothing and are those that was sampled from; or those of a forward pass before the first update,
     for a sampler that computes with fewer bits than the trainer."""
+    importance_cap: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Multiplies the policy's loss of a token by exp(old log-prob - that recorded while sampling),
+    but by no more than this: where it was sampled by other weights, or with fewer bits, than are
+    trained. Takes old_logps: trainer; 2 is usual. null: no weights. As of grpo."""
     whiten_advantages: bool = True
     """Over all tokens of the iteration."""
     whiten_rewards: bool = False
@@ -61,14 +71,21 @@ class PpoAlgorithm(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_weights(self) -> Self:
+        check_importance_cap(self.old_logps, self.importance_cap)
+        return self
+
     @property
     def algorithm(self) -> losses.Algorithm:
         """As `losses.policy_loss` takes it."""
         options = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        if self.dual is None:
-            return losses.Algorithm("gae", "ppo_clip", "token_mean", options=options)
-        options["dual"] = self.dual
-        return losses.Algorithm("gae", "dual_clip", "token_mean", options=options)
+        surrogate = "ppo_clip"
+        if self.dual is not None:
+            surrogate, options["dual"] = "dual_clip", self.dual
+        return losses.Algorithm(
+            "gae", surrogate, "token_mean", importance_cap=self.importance_cap, options=options
+        )
 
 
 class CriticConfig(Config):
@@ -142,6 +159,11 @@ class PpoConfig(RlConfig):
     @property
     def num_minibatches(self) -> int:
         return self.algorithm.num_minibatches
+
+    @model_validator(mode="after")
+    def _weighs_what_is_stale(self) -> Self:
+        check_staleness(self.rollout, self.algorithm.importance_cap)
+        return self
 
     @model_validator(mode="after")
     def _has_texts(self) -> Self:

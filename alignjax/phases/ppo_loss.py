@@ -13,7 +13,7 @@ from alignjax.models import Model
 from alignjax.phases.common import score_hidden
 from alignjax.phases.critic import Critic, state_values
 from alignjax.phases.ppo_config import PpoAlgorithm
-from alignjax.phases.rollouts import sampler_metrics
+from alignjax.phases.rollouts import sampler_metrics, weight_metrics
 from alignjax.train.step import Batch, Metrics
 
 
@@ -103,6 +103,7 @@ def ppo_loss(
         mask,
         batch["segment_ids"],
         max_len=mask.shape[1],
+        rollout_logp=batch.get("sampler_logps"),
     )
     values = state_values(critic.values(params, batch, hidden))
     value = losses.clipped_value_loss(
@@ -121,6 +122,7 @@ def ppo_loss(
         "val/clipfrac_avg": losses.token_mean(_float(value.is_clipped), mask),
         "val/ratio": losses.token_mean(capped_exp(log_ratio), mask),
         **sampler_metrics(out.logps, batch.get("sampler_logps", old_logps), mask),
+        **weight_metrics(policy.weights, algorithm.importance_cap, mask),
     }
     if texts is not None:
         of_texts = batch["mask"] & (texts > 0)

@@ -6,7 +6,7 @@ import numpy as np
 
 from alignjax.core.types import Sampling
 from alignjax.phases.ppo_config import PpoAlgorithm
-from alignjax.phases.rollouts import Tokens
+from alignjax.phases.rollouts import Tokens, sampler_warnings
 from alignjax.rewards.rollout import Rollouts
 
 
@@ -132,13 +132,7 @@ def diagnose(
             f"every completion was cut at rollout.max_tokens={sampling.max_tokens}: raise it, or "
             "check that the model knows EOS (rollout.stop_tokens)"
         )
-    if metrics.get("sampling/sampling_logp_difference/max", 0.0) > 1:
-        found.append(
-            "the sampler's log-probs differ from the trainer's by "
-            f"{metrics['sampling/sampling_logp_difference/max']:.3g} nats: with compute_dtype "
-            "bfloat16 try float32; in float32 this is a bug, please report it"
-        )
-    return found
+    return found + sampler_warnings(metrics)
 
 
 def _mean(values: np.ndarray) -> float:

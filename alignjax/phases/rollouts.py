@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from alignjax.core.errors import UserError
+from alignjax.core.keys import named_key
 from alignjax.core.types import GenerateFn, Maximum, Minimum, Params, Sampling, Score, ScoreFn
 from alignjax.data import (
     Examples,
@@ -32,7 +33,8 @@ from alignjax.losses import token_mean
 from alignjax.losses.ratio import capped_exp, token_log_ratio
 from alignjax.models import Model
 from alignjax.phases.common import Policy, checked_rows, score_tokens
-from alignjax.phases.grpo_config import RlConfig
+from alignjax.phases.grpo_config import GrpoConfig, RlConfig
+from alignjax.phases.rollout_devices import RolloutDevices, Weights
 from alignjax.phases.scoring import Rewards
 from alignjax.rewards.combine import too_many_failures
 from alignjax.rewards.overlap import overlapped_rollout
@@ -51,6 +53,8 @@ class Sampler:
 
     Attributes:
       sampling: of the rollouts.
+      devices: those that sample.
+      weights: brings the parameters there.
       rewards: a `ScoreFn`; where the config has none, no sample has a score.
       warnings: sentences for the user.
     """
@@ -67,6 +71,7 @@ class Sampler:
         if limits.score_early and jax.process_count() > 1:
             raise UserError("rollout.score_early is for a single process: leave it out")
         self._config, self._policy = config, policy
+        self.devices = RolloutDevices(limits, mesh)
         self.sampling = Sampling(
             temperature=limits.temperature,
             max_tokens=limits.max_tokens,
@@ -75,12 +80,14 @@ class Sampler:
         )
         self._train = self._source(config.data.train)
         self._held_out = None if config.data.eval is None else self._source(config.data.eval)
-        self._generate = self._engine(policy.model, mesh)
+        self.weights = Weights(policy.model, policy.frozen, self.devices)
+        self._generate = self._engine(policy.model, self.weights)
         self.rewards: ScoreFn = no_scores
         self.warnings: list[str] = []
         if config.rewards is not None:
             self.rewards = Rewards(
-                config.rewards, policy.tokenizer, mesh,
+                config.rewards, policy.tokenizer,
+                self.devices.mesh if self.devices.is_apart else mesh,
                 max_tokens=limits.max_prompt_tokens + limits.max_tokens,
                 log_path=Path(config.output_dir) / config.name / "rewards.log",
             )  # fmt: skip
@@ -119,22 +126,34 @@ class Sampler:
         """Completions of each prompt by the model with the parameters `params`, and their scores.
 
         Args:
-          params: all that the policy computes with (`Policy.whole`).
+          params: what trains of the policy.
         """
         tasks = [Task(p.tokens, p.example.reference, p.example.fields) for p in prompts]
         roll: Any = overlapped_rollout if self._config.rollout.score_early else rollout
-        return roll(
-            self._generate, self.rewards, self._policy.tokenizer, params, tasks, key, sampling,
-            prompt_len=self._config.rollout.max_prompt_tokens,
-        )  # fmt: skip
+        with self.devices.in_use():
+            return roll(
+                self._generate, self.rewards, self._policy.tokenizer, params, tasks, key, sampling,
+                prompt_len=self._config.rollout.max_prompt_tokens,
+            )  # fmt: skip
 
-    def of(self, model: Model, mesh: Mesh) -> "Sampler":
-        """The same prompts and rewards, with completions of another model."""
+    def one_round(self, params: Params, records: Any, key: Array, step: int) -> list[Rollouts]:
+        """A `disaggregated.SampleFn`: as many prompts as one round has."""
+        return [self(params, next(records), named_key(key, "rollout", step), self.sampling)]
+
+    def of(self, model: Model) -> "Sampler":
+        """The same prompts and rewards, with completions of another model, none of which trains:
+        it is called with all that this one computes with."""
         other = copy.copy(self)
-        other._generate = self._engine(model, mesh)
+        other.weights = Weights(model, None, self.devices)
+        other._generate = self._engine(model, other.weights)
         return other
 
-    def _engine(self, model: Model, mesh: Mesh) -> GenerateFn:
+    def _engine(self, model: Model, weights: Weights) -> GenerateFn:
+        """A `GenerateFn` of what `weights` takes; what that moves is dropped when it returns."""
+        generate = self._bare_engine(self.devices.model(model), self.devices.mesh)
+        return lambda params, *args, **options: generate(weights(params), *args, **options)
+
+    def _bare_engine(self, model: Model, mesh: Mesh) -> Any:
         config, limits = self._config, self._config.rollout
         if config.deterministic:
             return make_exact_generate(
@@ -212,6 +231,12 @@ class Rows:
             num_sharing,
         )
 
+    @classmethod
+    def shared_where(cls, config: GrpoConfig, mesh: Mesh) -> "Rows":
+        """As `of` or, where completions share their prompts, as `sharing`."""
+        rows, num_sharing = cls.of(config, mesh), config.num_sharing(mesh)
+        return cls.sharing(config, mesh, num_sharing) if num_sharing > 1 else rows
+
     def pack(self, sequences: Sequence[Tokens], num_updates: int = 1) -> Tokens:
         """[M, R, T] of what so many updates take, longest first (first-fit decreasing).
 
@@ -236,16 +261,21 @@ class Rows:
 
 
 def sequence(rollouts: Rollouts, row: int) -> Tokens:
-    """A completion after its prompt: `tokens`, `mask` and `old_logps`, [length] each."""
+    """A completion after its prompt: `tokens`, `mask` and `old_logps`, [length] each; where it is
+    known, also `versions` of the weights that sampled them, -1 on the prompt."""
     out = rollouts.completions
     prompt = rollouts.tasks[row * len(rollouts.tasks) // len(rollouts.samples)].tokens
     length = int(out.lengths[row])
     before = np.zeros(len(prompt), np.float32)
-    return {
+    mask = np.arange(len(prompt) + length) >= len(prompt)
+    found = {
         "tokens": np.concatenate([prompt, out.tokens[row, :length]]).astype(np.int32),
-        "mask": np.arange(len(prompt) + length) >= len(prompt),
+        "mask": mask,
         "old_logps": np.concatenate([before, out.logps[row, :length]]),
     }
+    if rollouts.version is not None:
+        found["versions"] = np.where(mask, rollouts.version, -1).astype(np.int32)
+    return found
 
 
 def make_logps(model: Model, mesh: Mesh, *, temperature: float) -> Callable[[Params, Batch], Array]:
@@ -276,6 +306,24 @@ def sampler_metrics(logps: Array, old_logps: Array, mask: Array) -> dict[str, Me
         "sampling/importance_sampling_ratio/mean": token_mean(ratio, mask),
         "sampling/importance_sampling_ratio/max": Maximum(jnp.max(ratio, initial=0.0, where=mask)),
     }
+
+
+def weight_metrics(weights: Array | None, cap: float | None, mask: Array) -> dict[str, Metric]:
+    """Of the weights of importance, [R, T], how many are cut; nothing where there are none."""
+    if weights is None:
+        return {}
+    return {"sampling/truncated_frac": token_mean((weights == cap).astype(jnp.float32), mask)}
+
+
+def sampler_warnings(metrics: Mapping[str, float]) -> list[str]:
+    """A sentence if trainer and sampler disagree who should have the same weights."""
+    difference = metrics.get("sampling/sampling_logp_difference/max", 0.0)
+    if difference <= 1 or metrics.get("rollout/staleness/max", 0.0) > 0:
+        return []
+    return [
+        f"the sampler's log-probs differ from the trainer's by {difference:.3g} nats: with "
+        "compute_dtype bfloat16 try float32; in float32 this is a bug, please report it"
+    ]
 
 
 def sample_metrics(rounds: Sequence[Rollouts]) -> dict[str, float]:

@@ -78,12 +78,14 @@ def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
     _, phase_class = PHASES[config.phase]  # type: ignore[attr-defined]
     progress = Progress(phase_class.shown, title=title, min_interval=config.loop.log_every)
     model_dir = run_dir / "model"
-    with taken(run_dir, config, model_dir) as is_done:
+    with taken(run_dir, config, model_dir) as is_done, contextlib.ExitStack() as stack:
         if is_done:
             progress.note(f"{model_dir} is there already: nothing to do")
             return model_dir
         with together():
-            phase = phase_class(config, make_mesh(config.mesh))
+            phase = phase_class(config, config.training_mesh())
+        if hasattr(phase, "close"):
+            stack.callback(phase.close)  # Before another phase begins, and however this one ends.
         state = train(
             phase, config.loop, run_dir, seed=config.seed, progress=progress, resume_command=command
         )
@@ -291,7 +293,7 @@ def export_checkpoint(
     if config.model.lora is not None:
         check_inputs(run_dir, config, ("model.path",))
     exporter = getattr(PHASES[phase][1], "exporter", Policy)
-    policy = exporter(config, make_mesh(config.mesh))
+    policy = exporter(config, config.training_mesh())
     checkpoints = Checkpointer(run_dir / "checkpoints", keep=config.loop.keep, read_only=True)
     with contextlib.closing(checkpoints):
         key = jax.random.PRNGKey(0)

@@ -44,6 +44,9 @@ class Rollouts:
     completions: Completions
     samples: list[Sample]
     scores: list[Score]
+    version: int | None = None
+    """Iterations of training that the weights had seen which sampled all of these tokens; None
+    where nobody has said."""
 
     @property
     def rewards(self) -> np.ndarray:

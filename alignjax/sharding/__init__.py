@@ -1,11 +1,20 @@
 """Devices in a mesh, and which axis of which array goes where."""
 
 from alignjax.sharding.mesh import MeshConfig, batch_shards, make_mesh
-from alignjax.sharding.place import constrained, copied, fetch, init_sharded, put_batch
+from alignjax.sharding.move import moved
+from alignjax.sharding.place import (
+    batch_shardings,
+    constrained,
+    copied,
+    fetch,
+    init_sharded,
+    put_batch,
+)
 from alignjax.sharding.rules import fit, shardings
 
 __all__ = [
     "MeshConfig",
+    "batch_shardings",
     "batch_shards",
     "constrained",
     "copied",
@@ -13,6 +22,7 @@ __all__ = [
     "fit",
     "init_sharded",
     "make_mesh",
+    "moved",
     "put_batch",
     "shardings",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,12 +57,16 @@ class MeshConfig(Config):
         return size
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, name: str = "mesh"
+) -> Mesh:
     """The mesh of all devices (of all processes), or of those given.
 
     All axes are Auto: sharded arrays go in, and the compiler propagates. Devices of several slices
     lie along `data`, slice by slice: only sums of gradients cross the network between slices.
 
+    Args:
+      name: of the config, in messages.
     Raises:
       UserError: if the sizes do not multiply to the number of devices, or slices do not fit in
         `data`.
@@ -70,7 +75,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     asked = {axis: getattr(config, axis) for axis in AXES}
     open_axes = [axis for axis, size in asked.items() if size == -1]
     if len(open_axes) > 1:
-        raise UserError(f"mesh {_spell(asked)}: at most one axis can be -1 (all that are left)")
+        raise UserError(f"{name} {_spell(asked)}: at most one axis can be -1 (all that are left)")
     others = math.prod(size for size in asked.values() if size != -1)
     sizes = {axis: len(devices) // others if size == -1 else size for axis, size in asked.items()}
     if math.prod(sizes.values()) != len(devices):
@@ -81,21 +86,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             else f"they multiply to {others}; change them, or set one to -1"
         )
         raise UserError(
-            f"mesh {_spell(asked)} does not fit {len(devices)} device(s): the sizes must multiply "
-            f"to the number of devices: {remedy}"
+            f"{name} {_spell(asked)} does not fit {len(devices)} device(s): the sizes must "
+            f"multiply to the number of devices: {remedy}"
         )
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    num_slices = len(slices)
+    if len({*slices.values()}) > 1:
+        parts = ", ".join(map(str, slices.values()))
+        raise UserError(
+            f"{name}: {parts} devices of {num_slices} slices, which would lie along data: expected "
+            "as many of each; part them (rollout.devices) at the border of slices"
+        )
     if sizes["data"] % num_slices:
         raise UserError(
-            f"mesh {_spell(asked)}: data={sizes['data']} does not divide over {num_slices} slices, "
-            f"which lie along it; use a multiple of {num_slices}"
+            f"{name} {_spell(asked)}: data={sizes['data']} does not divide over {num_slices} "
+            f"slices, which lie along it; use a multiple of {num_slices}"
         )
     types = (AxisType.Auto,) * len(AXES)
-    if num_slices == 1:
-        return jax.make_mesh([*sizes.values()], AXES, axis_types=types, devices=devices)
     inner = {**sizes, "data": sizes["data"] // num_slices}
     outer = dict.fromkeys(AXES, 1) | {"data": num_slices}
-    placed = mesh_utils.create_hybrid_device_mesh([*inner.values()], [*outer.values()], devices)
+    # Without splitting, 4 devices along an axis have no place on a slice of 8 x 8.
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    if num_slices == 1:
+        placed = mesh_utils.create_device_mesh([*inner.values()], **options)
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh(
+            [*inner.values()], [*outer.values()], **options
+        )
     return Mesh(placed, AXES, axis_types=types)
 
 

@@ -29,6 +29,9 @@ class TrainState(NamedTuple):
     """The reference policy where it is refreshed during the run, else None."""
     extra: Any = None
     """What else changes during a run, such as the coefficient of a KL: a pytree of arrays."""
+    behaviour: tuple[Params, ...] = ()
+    """Earlier `params`, the oldest first, which sample what the next iterations train on; on the
+    devices that do (`phases.disaggregated`). Empty where the params themselves sample."""
 
 
 def create_state(

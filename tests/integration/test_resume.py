@@ -91,6 +91,11 @@ CONFIGS["reward"] = COMMON | {
         "micro_batches": 2,
     },
 }
+CONFIGS["ahead"] = CONFIGS["grpo"] | {
+    # On two devices, one of which samples while the other trains.
+    "rollout": CONFIGS["grpo"]["rollout"] | {"devices": 1, "max_staleness": 1},
+    "algorithm": CONFIGS["grpo"]["algorithm"] | {"old_logps": "trainer", "importance_cap": 2.0},
+}  # fmt: skip
 CONFIGS["ppo"] = CONFIGS["grpo"] | {
     "phase": "ppo",
     "rollout": {"num_prompts": 8, "max_prompt_tokens": 16, "max_tokens": 8},
@@ -147,10 +152,11 @@ class Place:
         load_tokenizer(folder / "tokenizer").save(str(folder / "base"))
         (folder / "rewards.py").write_text(REWARD)
         (folder / "config.yaml").write_text(yaml.safe_dump((CONFIGS | DISTILL)[phase]))
+        self.flags = "--xla_force_host_platform_device_count=2" if phase == "ahead" else ""
 
     def start(self, *overrides):
         env = os.environ | {
-            "PYTHONPATH": str(REPO), "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(REPO), "XLA_FLAGS": self.flags, "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         return subprocess.Popen(
             [sys.executable, "-m", "alignjax", "run", "config.yaml", *overrides],
@@ -297,13 +303,16 @@ def test_what_the_runs_do_is_worth_resuming(uninterrupted):
     for field in ("objective/kl", "kl_coef", "loss/ptx_avg", "val/explained_variance"):
         assert len({x[field] for x in ppo["metrics"][1:]}) == 10, field
     assert any("critic" in name for name in ppo["state"]), "its moments, too"
+    _, ahead = uninterrupted("ahead")
+    assert [x["rollout/staleness/max"] for x in ahead["metrics"][1:]] == [0] + [1] * 9
+    assert any("behaviour" in name for name in ahead["state"])
     assert '"texts"' in ppo["position"]
 
 
 @pytest.mark.parametrize(
     "phase",
     [
-        pytest.param(p, marks=pytest.mark.slow) if p in ("lora", "online", "reward") else p
+        pytest.param(p, marks=pytest.mark.slow) if p in ("lora", "online", "reward", "ahead") else p
         for p in PHASES
     ],
 )

@@ -294,3 +294,43 @@ def test_a_reference_that_is_missing():
     with pytest.raises(ValueError, match=r"ref_logp=None with kl_coef=0\.04"):
         losses.policy_loss(losses.PRESETS["grpo"], x, x, None, x, on, ids, max_len=2)
     assert losses.policy_loss(losses.PRESETS["ppo"], x, x, None, x, on, ids, max_len=2).kl is None
+
+
+def test_importance_weights_by_hand():
+    """On policy, where a term is -A and the KL is 0 for the third token alone; the last is off."""
+    zeros, on = jnp.zeros((1, 4)), jnp.array([[True, True, True, False]])
+    ids, advantages = jnp.ones((1, 4), jnp.int32), jnp.array([[1.0, 1.0, -1.0, 9.0]])
+    rollout = jnp.array([[-math.log(0.5), -math.log(5.0), 0.0, jnp.inf]])
+    ref = jnp.array([[-1.0, -1.0, 0.0, jnp.nan]])
+    k3 = math.exp(-1) - 1 + 1
+    grpo = dataclasses.replace(losses.PRESETS["grpo"], importance_cap=2.0)
+    found = losses.policy_loss(
+        grpo, zeros, zeros, ref, advantages, on, ids, max_len=4, rollout_logp=rollout
+    )
+    np.testing.assert_allclose(found.weights, [[0.5, 2.0, 1.0, 0.0]], rtol=1e-6)
+    terms = 0.5 * (-1 + 0.04 * k3) + 2 * (-1 + 0.04 * k3) + 1
+    assert float(found.loss.total) == pytest.approx(terms / 3, rel=1e-6)
+    # Of a whole sequence: the cube root of 0.5 * 5 * 1.
+    gspo = dataclasses.replace(losses.PRESETS["gspo"], importance_cap=2.0)
+    found = losses.policy_loss(
+        gspo, zeros, zeros, None, advantages, on, ids, max_len=4, rollout_logp=rollout
+    )
+    np.testing.assert_allclose(found.weights, [[2.5 ** (1 / 3)] * 3 + [0.0]], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"rollout_logp=None with importance_cap=2\.0"):
+        losses.policy_loss(gspo, zeros, zeros, None, advantages, on, ids, max_len=4)
+
+
+def test_importance_weights_have_no_gradient():
+    """Nor has what they are made of."""
+    algorithm = dataclasses.replace(losses.PRESETS["dapo"], importance_cap=2.0)
+    on, ids = jnp.ones((1, 3), bool), jnp.ones((1, 3), jnp.int32)
+
+    def total(logp, old, rollout):
+        return losses.policy_loss(
+            algorithm, logp, old, None, jnp.ones((1, 3)), on, ids, max_len=3, rollout_logp=rollout
+        ).loss.total
+
+    rollout = jnp.log(jnp.array([[2.0, 1.0, 0.1]]))
+    grads = jax.grad(total, argnums=(0, 1, 2))(jnp.zeros((1, 3)), jnp.zeros((1, 3)), rollout)
+    np.testing.assert_allclose(grads[0], [[-0.5, -1.0, -2.0]], rtol=1e-6)
+    assert not np.any(grads[1]) and not np.any(grads[2])

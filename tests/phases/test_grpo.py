@@ -629,8 +629,8 @@ COMMON = {
     "reduction": "token_mean", "clip_low": 0.2, "clip_high": 0.2, "dual": None, "tau_pos": None,
     "tau_neg": None, "kl_coef": 0.0, "kl_in_reward": False, "kl_estimator": "k3",
     "reference_every": 0, "num_updates": 1,
-    "num_minibatches": 1, "old_logps": "sampler", "dynamic_sampling": False, "max_rounds": 4,
-    "overlong_frac": 0.0,
+    "num_minibatches": 1, "old_logps": "sampler", "importance_cap": None,
+    "dynamic_sampling": False, "max_rounds": 4, "overlong_frac": 0.0,
 }  # fmt: skip
 NO_CLIP = {"clip_low": None, "clip_high": None}
 PAPERS = {
