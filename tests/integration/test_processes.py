@@ -71,6 +71,19 @@ def test_two_processes_train_as_one(folder, phase):
 
 
 @pytest.mark.slow
+def test_an_error_in_one_of_them_ends_all(folder):
+    """The first cannot write its metrics, while the other waits for it to save a step."""
+    (folder / "runs/stuck/metrics.jsonl").mkdir(parents=True)
+    run = Run(folder, 2, "sft", "name=stuck")
+    until = time.monotonic() + 400
+    while "metrics.jsonl" not in run.logs[0].read_text():
+        assert time.monotonic() < until, run.text()
+        time.sleep(0.1)
+    codes = run.wait(60)
+    assert codes[0] == 1 and codes[1] != 0
+
+
+@pytest.mark.slow
 def test_they_stop_together_and_go_on_in_another_number(folder):
     """SIGTERM to one of two; then four, one of which is killed; then one, to the end."""
     steps = "loop.steps=40"
