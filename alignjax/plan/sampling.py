@@ -124,11 +124,8 @@ def sampling(
             ),
             Program(
                 "grow the cache",
-                lambda: decode.rearrange.lower(
-                    prompts, half, ints(num_rows), ints(ladder.prompts),
-                    replicated(rows.seats, mesh), capacity=ladder.capacity, mesh=mesh,
-                ),
-                (KV, KV, BATCH, BATCH, BATCH), {**resident, KV: (prompts, half)},
+                lambda: decode.grow.lower(half, capacity=ladder.capacity, mesh=mesh),
+                (KV,), {**resident, KV: (prompts, half)},
             ),
         ]  # fmt: skip
     return found
