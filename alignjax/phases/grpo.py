@@ -129,8 +129,6 @@ def make_functions(
 class Grpo:
     """Implements `train.loop.Phase`."""
 
-    runs_in_processes = True
-
     # Not the loss, which is about 0 on policy and says nothing (docs/metrics.md).
     shown = (
         "reward", "completions/mean_length", "kl", "eval/sampled/accuracy", "eval/greedy/accuracy",

@@ -105,8 +105,6 @@ class Ppo:
     """Implements `train.loop.Phase`. The params of a state are {"policy": ..., and the critic's
     under the name of its kind}."""
 
-    runs_in_processes = True
-
     shown = (
         "reward", "objective/kl", "completions/mean_length", "val/explained_variance",
         "eval/sampled/reward", "eval/sampled/kl", "eval/best_of_n/reward",

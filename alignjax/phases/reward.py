@@ -97,8 +97,6 @@ def make_functions(
 class Reward:
     """Implements `train.loop.Phase`."""
 
-    runs_in_processes = True
-
     shown = ("loss", "accuracy", "eval/loss", "eval/accuracy")
 
     def __init__(self, config: RewardPhaseConfig, mesh: Mesh):

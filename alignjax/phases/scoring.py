@@ -57,8 +57,6 @@ class Rewards:
           UserError: if a function, model or judge cannot be loaded, a model has another tokenizer,
             or a context of fewer than `max_tokens`.
         """
-        if config.judges and jax.process_count() > 1:
-            raise UserError("rewards.judges: judges answer in one process so far: use one host")
         self.config = config
         self._models = {
             name: RewardModel(name, model, tokenizer, mesh) for name, model in config.models.items()

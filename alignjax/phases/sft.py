@@ -90,8 +90,6 @@ def make_functions(
 class Sft:
     """Implements `train.loop.Phase`."""
 
-    runs_in_processes = True
-
     shown = ("loss", "eval/loss")
     """The metrics that a terminal shows."""
 
