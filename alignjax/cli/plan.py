@@ -71,6 +71,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--json {out}: there is no directory {out.parent}")
     tree = load(find_config(args.config), args.overrides)
     prepare(topology)  # Before anything imports jax.
+    import jax
     from rich.console import Console
 
     from alignjax.cli.run import check
@@ -79,6 +80,8 @@ def main(args: argparse.Namespace) -> int:
     from alignjax.plan.shapes import Shapes
 
     keep_compilations()
+    if not topology.is_local:  # What was compiled for devices that are not there cannot be read.
+        jax.config.update("jax_enable_compilation_cache", False)
     stages = _stages(check(tree), args.stage)
     found = plan(args.config, stages, topology, Shapes(given), search=not args.no_search)
     console = Console(highlight=False, soft_wrap=True)
