@@ -13,7 +13,7 @@ from alignjax.phases import reward as reward_phase
 from alignjax.phases import sft as sft_phase
 from alignjax.phases.common import checked_rows
 from alignjax.phases.comparisons import ComparisonData
-from alignjax.phases.preference_config import PreferenceConfig
+from alignjax.phases.preference_config import ObjectiveConfig, PreferenceConfig
 from alignjax.phases.preference_loss import ARRAYS, K, Scorer
 from alignjax.phases.preference_step import Learner
 from alignjax.phases.reward_config import RewardPhaseConfig
@@ -110,7 +110,7 @@ def preference(config: PreferenceConfig, mesh: Mesh, shapes: Shapes) -> Programs
         found.insert(0, kl)
     if not config.objective.reads_reference:
         return Programs(found, num_tokens, config.loop.steps)
-    scorer, reference, role = _reference(config, learner, policy, mesh, shapes)
+    scorer, reference, role = reference_of(config, learner, policy, mesh, shapes)
     before = {PARAMS: policy.params, FROZEN: policy.frozen}  # There is no optimizer yet.
     scoring = Program(
         "reference scoring",
@@ -122,8 +122,8 @@ def preference(config: PreferenceConfig, mesh: Mesh, shapes: Shapes) -> Programs
     return Programs([scoring, *found], num_tokens, config.loop.steps, [_ONCE])
 
 
-def _reference(
-    config: PreferenceConfig, learner: Any, policy: weights.Weights, mesh: Mesh, shapes: Shapes
+def reference_of(
+    config: ObjectiveConfig, learner: Any, policy: weights.Weights, mesh: Mesh, shapes: Shapes
 ) -> tuple[Scorer, Any, str]:
     """As `Learner.reference`: how rows are computed, with which weights; and their role."""
     scorer, source = learner.reference_scorer, config.model

@@ -19,7 +19,9 @@ from alignjax.plan.programs import Program, Programs
 
 USABLE = 0.98
 """Share of a device's memory that a program may take: a TPU keeps the rest for itself."""
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)")
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\)")
+_WHOLE = re.compile(r"Used ([\d.]+)([KMGT]?) of ")
+"""How a compiler for TPUs says that a program does not fit: what it makes, or all that it holds."""
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -136,7 +138,7 @@ def measure(program: Program, mesh: Mesh, chip: Chip | None) -> Measured:
     Args:
       chip: what it is to run on; None: no time is estimated.
     Raises:
-      Exception: whatever the compiler raises but that there is no room.
+      RuntimeError: what the compiler says, unless that is that there is no room.
     """
     started, began = time.process_time(), time.perf_counter()
     lowered = program.lower()
@@ -146,10 +148,12 @@ def measure(program: Program, mesh: Mesh, chip: Chip | None) -> Measured:
         seconds = traced - began, ended - traced, cpu_s
         return Measured(program.name, program.times, *seconds, needed, *more)
 
-    compiled, needed = _compiled(lowered)
+    try:
+        compiled: Any = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        ended, cpu_s = time.perf_counter(), time.process_time() - started
+        return measured(needed_bytes(str(error), program))
     ended, cpu_s = time.perf_counter(), time.process_time() - started
-    if compiled is None:
-        return measured(needed + _beside(program))
     memory = of_program(program, lowered, compiled)
     coords = [getattr(device, "coords", None) for device in mesh.devices.flat]
     costs = hlo.count(compiled.as_text(), coords=None if None in coords else coords)  # type: ignore[arg-type]
@@ -162,15 +166,21 @@ def measure(program: Program, mesh: Mesh, chip: Chip | None) -> Measured:
     return measured(memory.total, memory, costs, estimate, utilisation)
 
 
-def _compiled(lowered: jax.stages.Lowered) -> tuple[Any, float]:
-    """What the compiler made; or None, and how many bytes it would have taken."""
-    try:
-        return lowered.compile(), 0.0
-    except jax.errors.JaxRuntimeError as error:
-        found = _OUT_OF_MEMORY.search(str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
-            raise
-        return None, float(found[1]) * _UNITS[found[2]]
+def needed_bytes(message: str, program: Program) -> float:
+    """What a program would take that a compiler refused, with what lies beside it.
+
+    Raises:
+      RuntimeError: with the message, if it is about anything else.
+    """
+    if "RESOURCE_EXHAUSTED" in message:
+        given = set(jax.tree.leaves(program.roles))
+        sizes = {role: tree_bytes(tree) for role, tree in program.resident.items()}
+        if found := _TEMPORARIES.search(message):
+            return float(found[1]) * _UNITS[found[2]] + sum(sizes.values())
+        if found := _WHOLE.search(message):
+            beside = sum(size for role, size in sizes.items() if role not in given)
+            return float(found[1]) * _UNITS[found[2]] + beside
+    raise RuntimeError(message)
 
 
 def plan_phase(
@@ -202,12 +212,6 @@ def plan_phase(
         num_chips,
         programs.notes,
     )
-
-
-def _beside(program: Program) -> int:
-    """Bytes of what lies on a device that is no argument of the program, by its roles."""
-    given = set(jax.tree.leaves(program.roles))
-    return sum(tree_bytes(tree) for role, tree in program.resident.items() if role not in given)
 
 
 def _summed(collectives: list[hlo.Collective]) -> list[dict[str, Any]]:

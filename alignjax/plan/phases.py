@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from alignjax.plan import given, responses, sampled
+from alignjax.plan import given, responses, sampled, taught
 from alignjax.plan.programs import Programs
 from alignjax.plan.shapes import Shapes
 
@@ -17,6 +17,9 @@ PLANNED: dict[str, Callable[[Any, Mesh, Shapes], Programs]] = {
     "preference": given.preference,
     "grpo": sampled.grpo,
     "ppo": sampled.ppo,
+    "online_preference": taught.online_preference,
+    "distill": taught.distill,
+    "online_distill": taught.online_distill,
     "sample": responses.responses,
     "reject": responses.responses,
 }

@@ -69,6 +69,7 @@ def train_step(
     frozen: Params | None,
     *,
     roles: TrainState = STATE,
+    frozen_roles: Any = FROZEN,
     times: float = 1.0,
     beside: Mapping[str, Any] | None = None,
 ) -> Program:
@@ -76,13 +77,14 @@ def train_step(
 
     Args:
       frozen: what it is given besides, such as the base under LoRA.
+      roles, frozen_roles: of the parts of the state and of what is frozen.
       beside: by role, what else lies on the devices.
     """
     resident = {PARAMS: state.params, OPTIMIZER: state.opt_state, FROZEN: frozen, **(beside or {})}
     return Program(
         "train step",
         lambda: step.lower(state, batch),
-        (roles, FROZEN, BATCH),
+        (roles, frozen_roles, BATCH),
         resident,
         times=times,
         gradients=state.params,

@@ -47,7 +47,7 @@ CRITIC, MOVED = "critic", "moved weights"
 
 def grpo(config: GrpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     """Sampling, rewards, log-probs of the reference, and updates."""
-    _check(config)
+    check(config)
     policy = weights.policy(config.model, shapes.of_source(config.model, config), mesh)
     algorithm, frozen, whole = config.algorithm, policy.frozen, policy.whole(policy.params)
     functions = grpo_phase.make_functions(config, policy.model, mesh, frozen)
@@ -64,16 +64,16 @@ def grpo(config: GrpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     beside = {REFERENCE: reference, **models}
     resident = {PARAMS: policy.params, OPTIMIZER: state.opt_state, FROZEN: frozen, **beside}
     layout = Rows.shared_where(config, mesh)
-    found = _rollouts(config, policy, mesh, resident, scorers)
+    found = rollouts(config, policy, mesh, resident, scorers)
 
     def asked(name: str, function: Any, role: str, params: Any, rows: Any, times: int) -> Program:
         lower = lambda: function.lower(params, rows)  # noqa: E731
         return Program(name, lower, (role, BATCH), resident, times=times)
 
     parts = algorithm.num_minibatches
-    batch = weights.batch(_rows_of(layout, "old_logps", "advantages"), mesh)
+    batch = weights.batch(rows_of(layout, "old_logps", "advantages"), mesh)
     if algorithm.kl_coef > 0 and algorithm.kl_in_reward:
-        every = weights.batch(_rows_of(layout, "old_logps", num_updates=parts), mesh)
+        every = weights.batch(rows_of(layout, "old_logps", num_updates=parts), mesh)
         found.append(
             asked("reference scoring", functions.ref_logps, ref_role, ref_params, every, 1)
         )
@@ -87,16 +87,16 @@ def grpo(config: GrpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
         batch = {**batch, "ref_logps": batch["old_logps"]}
     times = algorithm.num_updates * parts
     step = train_step(functions.step, state, batch, frozen, times=times, beside=beside)
-    num_tokens = _num_tokens(config)
+    num_tokens = num_tokens_of(config)
     flops = train_flops(
-        policy.model.config, _longest(config), num_tokens / parts, lora=frozen is not None
+        policy.model.config, longest_of(config), num_tokens / parts, lora=frozen is not None
     )
     return Programs([*found, step.with_flops(flops)], num_tokens, config.loop.steps, list(NOTES))
 
 
 def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     """Sampling, rewards, what reference and critic say, advantages, and updates."""
-    _check(config)
+    check(config)
     policy = weights.policy(config.model, shapes.of_source(config.model, config), mesh)
     algorithm, frozen, parts = config.algorithm, policy.frozen, config.num_minibatches
     critic, critic_shape, critic_params = _critic(config, policy, mesh, shapes)
@@ -115,9 +115,9 @@ def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     resident = {**beside, OPTIMIZER: state.opt_state, FROZEN: frozen}
     layout = Rows.of(config, mesh)
     own = ["old_logps", *(["sampler_logps"] if algorithm.old_logps == "trainer" else [])]
-    every = weights.batch(_rows_of(layout, *own, "scores", num_updates=parts), mesh)
+    every = weights.batch(rows_of(layout, *own, "scores", num_updates=parts), mesh)
     whole = {**params, "policy": policy.whole(policy.params)}
-    found = _rollouts(config, policy, mesh, resident, scorers)
+    found = rollouts(config, policy, mesh, resident, scorers)
 
     def asked(name: str, function: Any, role: Any, params: Any) -> Program:
         return Program(name, lambda: function.lower(params, every), (role, BATCH), resident)
@@ -151,7 +151,7 @@ def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
         times=algorithm.num_epochs * parts,
         beside=beside,
     )
-    num_tokens, longest = _num_tokens(config), _longest(config)
+    num_tokens, longest = num_tokens_of(config), longest_of(config)
     flops = train_flops(policy.model.config, longest, num_tokens / parts, lora=is_lora)
     if critic_shape is not None:
         flops += train_flops(critic_shape, longest, num_tokens / parts, unembed=False)
@@ -164,7 +164,7 @@ def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     return Programs(found, num_tokens, config.loop.steps, list(NOTES))
 
 
-def _check(config: RlConfig) -> None:
+def check(config: RlConfig) -> None:
     if config.deterministic:
         raise UserError(
             "deterministic: true samples as one device of a CPU does, to look for faults: leave it "
@@ -177,7 +177,7 @@ def _check(config: RlConfig) -> None:
         )
 
 
-def _rollouts(
+def rollouts(
     config: RlConfig,
     policy: weights.Weights,
     mesh: Mesh,
@@ -199,7 +199,7 @@ def _rollouts(
         whole, beside = moved, {**resident, MOVED: moved}
     found += sampling(model, whole, limits, where, beside, num_samples=limits.group_size, role=role)
     total = limits.num_prompts * limits.group_size
-    return found + [scoring(one, mesh, resident, _longest(config), total) for one in scorers]
+    return found + [scoring(one, mesh, resident, longest_of(config), total) for one in scorers]
 
 
 def _critic(
@@ -225,7 +225,7 @@ def _critic(
     return SimpleNamespace(name=CRITIC, values=values), shape, found.params
 
 
-def _rows_of(layout: Rows, *names: str, num_updates: int = 1) -> dict[str, np.ndarray]:
+def rows_of(layout: Rows, *names: str, num_updates: int = 1) -> dict[str, np.ndarray]:
     """Rows of updates as `Rows.pack` lays them out, almost empty, with arrays of these names."""
     one = {"tokens": np.zeros(2, np.int32), "mask": np.array([False, True])}
     one |= {name: np.zeros(2, np.float32) for name in names}
@@ -234,7 +234,7 @@ def _rows_of(layout: Rows, *names: str, num_updates: int = 1) -> dict[str, np.nd
 
 def _update(config: PpoConfig, layout: Rows, names: list[str]) -> dict[str, np.ndarray]:
     """The rows of an update of PPO, with those of texts where there are any."""
-    rows = _rows_of(layout, *names, "returns", "advantages", "old_values")
+    rows = rows_of(layout, *names, "returns", "advantages", "old_values")
     if config.ptx is None:
         return rows
     shape = layout.num_parts, config.ptx.rows, layout.row_len
@@ -242,9 +242,9 @@ def _update(config: PpoConfig, layout: Rows, names: list[str]) -> dict[str, np.n
     return with_texts(rows, {name: np.ones(shape, kind) for name, kind in kinds.items()})
 
 
-def _longest(config: RlConfig) -> int:
+def longest_of(config: RlConfig) -> int:
     return config.rollout.max_prompt_tokens + config.rollout.max_tokens
 
 
-def _num_tokens(config: RlConfig) -> float:
-    return float(config.rollout.num_prompts * config.rollout.group_size * _longest(config))
+def num_tokens_of(config: RlConfig) -> float:
+    return float(config.rollout.num_prompts * config.rollout.group_size * longest_of(config))

@@ -29,11 +29,11 @@ stages:
     mesh: {fsdp: -1}
     data: {train: nowhere.jsonl, text: {fields: {completion: text}}, row_len: 16, rows: 8}
     loop: {steps: 10}
-  taught:
-    phase: distill
-    model: {path: "${base}/model"}
-    teacher: {path: "${more}/model"}
-    data: {train: nowhere.jsonl, text: {fields: {completion: text}}, row_len: 16, rows: 8}
+  sampled:
+    phase: critique
+    model: {path: "${more}/model"}
+    data: {train: nowhere.jsonl, text: {fields: {prompt: prompt}}}
+    template: critique_chat
 """
 
 
@@ -57,7 +57,7 @@ def test_a_recipe_on_local_devices(config, chip, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "base (phase sft): mesh fsdp 8" in text and "train step" in text
     assert text.count("  fits\n") == 2
-    assert "taught: not planned: phase distill is none of sft" in text
+    assert "sampled: not planned: phase critique is none of sft" in text
     plan = json.loads(out.read_text())
     base, more = plan["stages"]
     (step,) = base["programs"]

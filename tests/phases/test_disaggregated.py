@@ -237,8 +237,8 @@ def test_devices_that_do_not_divide_are_explained(world, num, total, message):
 def test_a_mesh_that_does_not_fit_is_named(world, monkeypatch):
     with pytest.raises(UserError, match=r"^rollout.mesh data=-1, tensor=3 does not fit 2 device"):
         make(monkeypatch, world, rollout={"mesh": {"tensor": 3}})
-    with pytest.raises(UserError, match=r"^rollout.mesh data=-1, tensor=4 does not fit 2 device"):
-        make(monkeypatch, world, num_devices=8, rollout={"devices": 2, "mesh": {"tensor": 4}})
-    with pytest.raises(UserError, match=r"^mesh data=-1, fsdp=8 does not fit 6 device"):
-        make(monkeypatch, world, num_devices=8, mesh={"fsdp": 8}, rollout={"devices": 2})
+    with pytest.raises(UserError, match=r"^rollout.mesh data=-1, tensor=8 does not fit 4 device"):
+        make(monkeypatch, world, num_devices=8, rollout={"devices": 4, "mesh": {"tensor": 8}})
+    with pytest.raises(UserError, match=r"^mesh data=-1, fsdp=8 does not fit 4 device"):
+        make(monkeypatch, world, num_devices=8, mesh={"fsdp": 8}, rollout={"devices": 4})
     assert math.prod(config(world).training_mesh().shape.values()) == 8

@@ -74,7 +74,10 @@ def config_of(world, phase, **changes):
         "preference": {"data": comparisons, "cache_dir": str(world / "cache")},
         "grpo": {**rl, "algorithm": {"kl_coef": 0.1}},
         "ppo": {**rl, "algorithm": {"num_epochs": 1}},
+        "online_preference": rl,
+        "online_distill": {**rl, "rewards": None, "teacher": {"path": str(world / "base")}},
     }  # fmt: skip
+    own["distill"] = {**own["sft"], "teacher": {"path": str(world / "base")}}
     values = {
         "phase": phase,
         "name": "x",
@@ -135,6 +138,8 @@ def update_of(phase, seen, noted):
     if hasattr(phase, "_ref_logps"):
         phase._ref_logps = noted("reference scoring", logps)
         phase._logps = noted("old log-probs", logps)
+    if hasattr(phase, "_teacher_logps"):
+        phase._teacher_logps = noted("teacher scoring", logps)
     if hasattr(phase, "_values"):
         phase._values = noted("critic scoring", logps)
         phase._experience = noted("advantages", lambda kl, *rest: Experience(kl, kl, kl))
@@ -161,15 +166,19 @@ def assert_given(program, args, where):
 @pytest.mark.parametrize(
     ("phase", "changes"),
     [
-        ("sft", {}),
+        pytest.param("sft", {}, marks=pytest.mark.slow),
         ("sft", {"model__lora": {"rank": 2, "dropout": 0.1}}),
         ("reward", {}),
-        ("preference", {}),
+        pytest.param("preference", {}, marks=pytest.mark.slow),
         ("preference", {"losses": {"kto": {}}}),
         ("grpo", {}),
         ("grpo", {"algorithm": {"kl_coef": 0.1, "old_logps": "trainer", "num_minibatches": 2}}),
-        ("grpo", {"model__lora": {"rank": 2}}),
+        pytest.param("grpo", {"model__lora": {"rank": 2}}, marks=pytest.mark.slow),
         ("ppo", {}),
+        ("distill", {}),
+        ("online_distill", {"divergence": {"kind": "sampled_reverse_kl"}}),
+        pytest.param("online_distill", {}, marks=pytest.mark.slow),
+        ("online_preference", {"losses": {"kto": {}}}),
         ("ppo", {"critic": {"trunk": "shared"}, "algorithm": {"old_logps": "trainer"}}),
     ],
 )
@@ -177,15 +186,21 @@ def test_updates_are_given_what_is_planned(world, mesh, stopped, phase, changes)
     seen, noted = stopped
     config = config_of(world, phase, **changes)
     real = PHASES[phase][1](config, mesh)
-    if phase == "preference":
+    if hasattr(real, "_learner"):
         real._learner.kl = noted("mismatch KL", lambda params, batch: (losses_zero(), {}))
     state, batch = update_of(real, seen, noted)
     programs = {p.name: p for p in PLANNED[phase](config, mesh, Shapes()).all}
     policy = getattr(real, "_policy", None) or real._reward
-    frozen = policy.frozen if phase != "ppo" or policy.frozen is None else {"policy": policy.frozen}
+    frozen = policy.frozen
+    if phase == "distill":
+        frozen = real._teacher.frozen
+    elif phase == "online_distill" and config.divergence.kind != "sampled_reverse_kl":
+        frozen = real._both
+    elif phase == "ppo" and frozen is not None:
+        frozen = {"policy": frozen}
     assert_given(programs["train step"], (state, frozen, batch), "train step")
     for name, args in seen.items():
-        kept = args[1:] if phase == "preference" and name == "reference scoring" else args
+        kept = args[1:] if hasattr(real, "_learner") and name == "reference scoring" else args
         assert_given(programs[name], kept, name)
     # Parameters and moments, and where they lie.
     for role, tree in ((PARAMS, state.params), (OPTIMIZER, state.opt_state)):

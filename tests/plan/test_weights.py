@@ -65,7 +65,10 @@ def assert_same(planned, real):
         {"init": {**SHAPE.model_dump(exclude={"vocab_size"}, exclude_none=True)}},
         {"path": "base", "param_dtype": "bfloat16"},
         {"path": "base", "lora": LORA},
-        {"path": "base", "lora": LORA | {"dora": True}, "quantize": "int8"},
+        pytest.param(
+            {"path": "base", "lora": LORA | {"dora": True}, "quantize": "int8"},
+            marks=pytest.mark.slow,
+        ),
         {"path": "base", "lora": LORA, "quantize": "nf4", "param_dtype": "bfloat16"},
     ],
     ids=["new", "bfloat16", "lora", "int8", "nf4"],
