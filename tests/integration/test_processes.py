@@ -1,6 +1,7 @@
 """Several real processes train as one does, stop together, and go on in another number."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -84,8 +85,9 @@ def test_an_error_in_one_of_them_ends_all(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_they_stop_together_and_go_on_in_another_number(folder):
-    """SIGTERM to one of two; then four, one of which is killed; then one, to the end."""
+    """SIGTERM to one of two; then four, one of which is killed; then one, and two, to the end."""
     steps = "loop.steps=40"
     whole = Run(folder, 1, "sft", "name=whole", steps)
     assert whole.wait() == [0], whole.text()
@@ -108,6 +110,12 @@ def test_they_stop_together_and_go_on_in_another_number(folder):
     assert time.monotonic() - killed < 60 and all(codes), codes
     assert f"resumed from step {last}" in run.logs[0].read_text()
 
-    run = Run(folder, 1, "sft", "name=parts", steps)
-    assert run.wait() == [0], run.text()
-    assert_same(metrics_of(folder, "parts"), metrics_of(folder, "whole"))
+    parts, saved_by_four = folder / "runs/parts", folder / "saved_by_four"
+    shutil.copytree(parts, saved_by_four)
+    for number in (1, 2):
+        shutil.rmtree(parts)
+        shutil.copytree(saved_by_four, parts)
+        run = Run(folder, number, "sft", "name=parts", steps)
+        assert run.wait() == [0] * number, run.text()
+        assert "resumed from step" in run.logs[0].read_text()
+        assert_same(metrics_of(folder, "parts"), metrics_of(folder, "whole"))
