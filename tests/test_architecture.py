@@ -174,7 +174,7 @@ def test_no_device_is_started_by_what_others_import():
 
 
 def test_no_file_names_a_host_or_a_path_of_one_machine():
-    folders = ("alignjax", "benchmarks", "configs", "docs", "notebooks", "tests", ".ci")
+    folders = ("alignjax", "benchmarks", "configs", "docs", "launch", "notebooks", "tests", ".ci")
     files = [path for path in REPO.iterdir() if path.is_file()]
     files += [path for folder in folders for path in (REPO / folder).rglob("*") if path.is_file()]
     found = []

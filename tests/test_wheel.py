@@ -28,8 +28,11 @@ def test_wheel(tmp_path):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "installed")
     modules = {p.relative_to(REPO) for p in (REPO / "alignjax").rglob("*.py")}
-    configs = {Path("alignjax") / p.relative_to(REPO) for p in REPO.glob("configs/**/*.yaml")}
-    assert {"smoke", "phases", "recipes"} <= {p.parent.name for p in configs}
+    found = (p for p in REPO.glob("configs/**/*") if p.suffix in (".yaml", ".json"))
+    configs = {Path("alignjax") / p.relative_to(REPO) for p in found}
+    assert {"smoke", "phases", "recipes", "pods", "Qwen"} <= {
+        p.parent.parent.name if p.suffix == ".json" else p.parent.name for p in configs
+    }
     pages = {p.relative_to(REPO) for p in (REPO / "alignjax/web/static").iterdir()}
     assert {".html", ".js", ".css"} <= {p.suffix for p in pages}
     rewards = REPO / "alignjax/rewards"

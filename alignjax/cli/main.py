@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 from alignjax import __version__
 from alignjax.core.allocator import restart_with_huge_pages
-from alignjax.core.errors import UserError
+from alignjax.core.errors import Terminated, UserError
 
 VERBS = {
     "run": "train what a config describes; resumes where it stopped",
+    "plan": "memory and time of a run on a pod that is not there",
     "inspect": "show a batch of the data, with what is trained on",
     "generate": "sample completions of prompts from a model directory",
     "label": "rank responses on a web page, alone or with others",
@@ -38,6 +39,9 @@ examples:
 """
 
 OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+TERMINATED = 75
+"""EX_TEMPFAIL of sysexits.h: saved after SIGTERM, start the same command again. The templates in
+launch/ look for it."""
 
 
 def program() -> int:
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words after the program's name; None takes the process's own.
     Returns:
       The exit status: 0, or what the verb returned; 1 on a bug of ours, 2 on what the user can
-      mend (wrong usage included), 130 when interrupted.
+      mend (wrong usage included), 130 when interrupted, 75 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in words
@@ -61,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _dispatch(words)
         sys.stdout.flush()
         return status
+    except Terminated:
+        print("\nalignjax: terminated; the same command continues", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print("\nalignjax: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -31,17 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from alignjax.cli.runtime import join_processes
+    from alignjax.cli.runtime import join_processes, leaving_soon, terminable
     from alignjax.core.config import describe, find_config, load
 
     if not args.print_config:
         join_processes()  # First of all, for checking a config may compute something.
-    tree = load(find_config(args.config), args.overrides)
-    config = check(tree)
-    if args.print_config:
-        print(describe(config, tree), end="")
-        return
-    execute(config, command=shlex.join(["alignjax", *sys.argv[1:]]))
+    with terminable(), leaving_soon():
+        tree = load(find_config(args.config), args.overrides)
+        config = check(tree)
+        if args.print_config:
+            print(describe(config, tree), end="")
+            return
+        execute(config, command=shlex.join(["alignjax", *sys.argv[1:]]))
 
 
 def check(tree: Tree) -> Config:

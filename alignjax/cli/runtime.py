@@ -1,14 +1,20 @@
 """JAX for the command line: processes that belong together, compilations kept on disk."""
 
+import contextlib
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alignjax.core.errors import UserError
+from alignjax.core.errors import Terminated, UserError
 
 HEARTBEAT_SECONDS = 30
 """A process that is not heard of for so long is taken for dead, and the others are ended."""
+LEAVE_SECONDS = 10
+"""How long a process that has failed waits for the others to fail, too."""
 
 
 def join_processes() -> None:
@@ -44,8 +50,57 @@ def join_processes() -> None:
         or environment.get("ALIGNJAX_PROCESSES") == "auto"
     ):
         return
+    from alignjax.core.processes import wait_for_all
+
+    prepare()  # Before anything is compiled.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**options)
+    # All devices meet now: gloo grants 30 s for that, by which processes that read files and models
+    # first may well be apart.
+    wait_for_all("joined")
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` wherever nobody else waits for it, as `train.loop` does: while
+    models load or are exported, and between stages.
+
+    To be entered after `join_processes`: the service of JAX for notices of preemption, of which
+    SIGTERM is the only one it knows, would take the signal and tell nobody.
+    """
+
+    def handle(number: int, frame: object) -> None:
+        raise Terminated
+
+    try:
+        previous = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # Not in the main thread: the signal stays as it is.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def leaving_soon() -> Iterator[None]:
+    """An error in one of several processes ends it within `LEAVE_SECONDS`.
+
+    By itself it would wait at its exit, for minutes, for others that wait for it. When it is gone
+    they miss it and end as well; where all have the error, none has to.
+    """
+    import jax
+
+    try:
+        yield
+    except Exception as error:
+        if jax.distributed.is_initialized():
+            status = 2 if isinstance(error, UserError) else 1  # As of `cli.main`.
+            timer = threading.Timer(LEAVE_SECONDS, os._exit, [status])
+            timer.daemon = True
+            timer.start()
+        raise
 
 
 def prepare() -> None:

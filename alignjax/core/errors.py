@@ -9,6 +9,14 @@ class UserError(ValueError):
     """
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come: a scheduler takes the machine back, or the time of a job is over.
+
+    What was done is saved as after Ctrl-C, but the exit status is another one
+    (`cli.main.TERMINATED`), by which launchers know that the command is to be started again.
+    """
+
+
 class KeyedError(ValueError):
     """Raised by the validator of a section about a key below it, so that the key's line is named.
 

@@ -1,8 +1,9 @@
 """Rows of tokens -> rows with more tokens: the compiled functions that the engine calls in turn.
 
 `read_into` reads prompts, `admit` gives rows to free slots and draws their first tokens, `advance`
-adds tokens to all rows, `rearrange` moves the rows that are left to a smaller or longer store. Each
-is compiled once for each of its shapes, whatever the settings of sampling.
+adds tokens to all rows, `grow` makes room for more of them, `rearrange` moves the rows that are
+left to fewer slots. Each is compiled once for each of its shapes, whatever the settings of
+sampling.
 """
 
 import functools
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from alignjax.core.loops import turning
 from alignjax.core.types import Params
 from alignjax.generate.sample import Truncation, sample_token
 from alignjax.models import Model
@@ -221,42 +223,19 @@ def advance(
     rows = rows._replace(is_done=rows.is_done | is_empty)
     tokens = jnp.zeros((num_rows, STEPS), jnp.int32)
     state = (jnp.int32(0), rows, tokens, tokens.astype(jnp.float32))
-    _, rows, tokens, logps = jax.lax.while_loop(go_on, step_on, state)
+    with turning(STEPS):
+        _, rows, tokens, logps = jax.lax.while_loop(go_on, step_on, state)
     return _spread(rows, mesh), tokens, logps
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "mesh"))
-def rearrange(
-    prompts: Prompts, rows: Rows, source: Array, prompt_source: Array, seats: Seats,
-    *, capacity: int, mesh: Mesh | None,
-) -> tuple[Prompts, Rows]:  # fmt: skip
-    """Some of the rows and prompts, in other slots, with room for more tokens.
-
-    Args:
-      source: [N'] int32, the slot that a row comes from; -1 leaves the new slot empty.
-      prompt_source: [B'] int32, as source; anything where there is none.
-      seats: of the rows in their new slots.
-      capacity: of their own keys and values; at least what it was.
-    """
+def grow(rows: Rows, *, capacity: int, mesh: Mesh | None) -> Rows:
+    """The same rows, with room for `capacity` tokens of their own, more than before."""
     own, room = rows.own, capacity - rows.own.capacity
-    k, v = jax.tree.map(lambda array: array[:, source], (own.k, own.v))
-    slot = own.slot
-    if room:  # The oldest first: then the next slot is the first of the new ones.
-        k = jax.tree.map(lambda array: _extended(array, slot, room, array.ndim - 1), k)
-        v = jax.tree.map(lambda array: _extended(array, slot, room, 3), v)
-        slot = jnp.full_like(slot, own.capacity)
-    rows = Rows(
-        *(array[source] for array in (rows.keys, rows.num_tokens, rows.max_tokens)),
-        is_done=rows.is_done[source] | (source < 0),
-        is_stopped=rows.is_stopped[source],
-        recent=rows.recent[source],
-        is_seen=None if rows.is_seen is None else rows.is_seen[source],
-        seats=seats,
-        own=Own(k, v, slot),
-    )
-    k, v = jax.tree.map(lambda array: array[:, prompt_source], (prompts.k, prompts.v))
-    prompts = Prompts(k, v, prompts.lengths[prompt_source], prompts.hidden[prompt_source])
-    return prompts, _spread(rows, mesh)
+    # The oldest first: then the next slot is the first of the new ones.
+    k = jax.tree.map(lambda array: _extended(array, own.slot, room, array.ndim - 1), own.k)
+    v = jax.tree.map(lambda array: _extended(array, own.slot, room, 3), own.v)
+    return _spread(rows._replace(own=Own(k, v, jnp.full_like(own.slot, own.capacity))), mesh)
 
 
 def _extended(ring: Array, slot: Array, room: int, axis: int) -> Array:
@@ -265,6 +244,34 @@ def _extended(ring: Array, slot: Array, room: int, axis: int) -> Array:
     return jnp.pad(jnp.roll(ring, -slot, axis=axis), widths)
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
+def rearrange(
+    prompts: Prompts, rows: Rows, source: Array, prompt_source: Array, seats: Seats,
+    *, mesh: Mesh | None,
+) -> tuple[Prompts, Rows]:  # fmt: skip
+    """Some of the rows and prompts, in other slots.
+
+    Args:
+      source: [N'] int32, the slot that a row comes from; -1 leaves the new slot empty.
+      prompt_source: [B'] int32, as source; anything where there is none.
+      seats: of the rows in their new slots.
+    """
+    own = rows.own
+    k, v = jax.tree.map(lambda array: array[:, source], (own.k, own.v))
+    rows = Rows(
+        *(array[source] for array in (rows.keys, rows.num_tokens, rows.max_tokens)),
+        is_done=rows.is_done[source] | (source < 0),
+        is_stopped=rows.is_stopped[source],
+        recent=rows.recent[source],
+        is_seen=None if rows.is_seen is None else rows.is_seen[source],
+        seats=seats,
+        own=Own(k, v, own.slot),
+    )
+    k, v = jax.tree.map(lambda array: array[:, prompt_source], (prompts.k, prompts.v))
+    prompts = Prompts(k, v, prompts.lengths[prompt_source], prompts.hidden[prompt_source])
+    return prompts, _spread(rows, mesh)
+
+
 def num_compilations() -> int:
     """How many programs this process has compiled to generate."""
-    return sum(f._cache_size() for f in (read_into, admit, advance, rearrange))
+    return sum(f._cache_size() for f in (read_into, admit, advance, grow, rearrange))

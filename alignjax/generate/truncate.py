@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from alignjax.core.loops import turning
+
 
 class Truncation(NamedTuple):
     """How a distribution is cut off, as traced numbers."""
@@ -120,5 +122,8 @@ def _bisect(is_true: Callable[[Array], Array], low: Array, high: Array) -> Array
         holds = is_true(middle)
         return jnp.where(holds, middle, low), jnp.where(holds, high, middle - 1)
 
-    low, _ = jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), halve, (low, high))
+    with turning(32):  # The bits of a number.
+        low, _ = jax.lax.while_loop(
+            lambda bounds: jnp.any(bounds[0] < bounds[1]), halve, (low, high)
+        )
     return low

@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 from jax.dtypes import float0
 
+from alignjax.core.loops import turning
 from alignjax.core.masked import at_least_float32
 from alignjax.core.precision import matmul_precision
 
@@ -265,7 +266,8 @@ def _over_chunks(
     shapes = jax.eval_shape(of_chunk, plan.num_chunks)
     outs = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), shapes)
     # Bounded by data, not by shape: chunks without a target cost nothing.
-    outs, kept = jax.lax.fori_loop(0, plan.num_chunks, chunk, outs)
+    with turning(n):
+        outs, kept = jax.lax.fori_loop(0, plan.num_chunks, chunk, outs)
     return jax.tree.map(lambda x: _join(x, plan), outs), kept
 
 
@@ -308,7 +310,9 @@ def _backward(
 
     d_slots = jnp.zeros((*plan.order.shape, hidden.shape[2]), dtype)
     d_unembedding = jnp.zeros(unembedding.shape, at_least_float32(hidden))
-    d_slots, d_unembedding = jax.lax.fori_loop(0, plan.num_chunks, chunk, (d_slots, d_unembedding))
+    sums = d_slots, d_unembedding
+    with turning(len(plan.order)):
+        d_slots, d_unembedding = jax.lax.fori_loop(0, plan.num_chunks, chunk, sums)
     d_tokens = _join(d_slots, plan)  # by the token predicted: one step after its predictor
     d_hidden = jnp.roll(d_tokens, -1, axis=1)
     return d_hidden, d_unembedding.astype(unembedding.dtype), None, None, None

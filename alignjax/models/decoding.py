@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alignjax.models.attention import Sight
 from alignjax.models.kernels.decode import Part, Seats, decode_attention
 from alignjax.models.kernels.dispatch import layer_window
 from alignjax.models.kv import Stored, layer_of, like, loaded, quantized
 from alignjax.models.transformer import Model
+from alignjax.sharding.mesh import BATCH_AXES
+from alignjax.sharding.rules import fit
 
 if TYPE_CHECKING:
     from alignjax.core.types import Params
@@ -67,12 +70,23 @@ class _New(NamedTuple):
         return _New(k, v), k, v
 
 
+def kv_sharding(array: Any, mesh: Mesh) -> NamedSharding:
+    """Where keys or values [L, N, K, ...] lie: texts over the batch's axes, heads over tensor."""
+    spec = PartitionSpec(None, BATCH_AXES, "tensor", *[None] * (array.ndim - 3))
+    return fit(NamedSharding(mesh, spec), array)
+
+
 def _empty(model: Model, num: int, length: int, *, is_int8: bool) -> tuple[Stored, Stored]:
-    """Keys and values of `num` texts of `length` tokens."""
-    c, dtype = model.config, jnp.dtype(model.compute_dtype)
+    """Keys and values of `num` texts of `length` tokens; never whole on one of several devices."""
+    c, dtype, mesh = model.config, jnp.dtype(model.compute_dtype), model.mesh
     shape = (c.num_layers, num, c.num_kv_heads)
-    k = jnp.zeros((*shape, c.head_dim, length), dtype)
-    v = jnp.zeros((*shape, length, c.head_dim), dtype)
+
+    def zeros(*last: int) -> Array:
+        wanted = jax.ShapeDtypeStruct((*shape, *last), dtype)
+        place = None if mesh is None or mesh.size == 1 else kv_sharding(wanted, mesh)
+        return jnp.zeros(wanted.shape, dtype, device=place)
+
+    k, v = zeros(c.head_dim, length), zeros(length, c.head_dim)
     return (quantized(k, 3), quantized(v, 4)) if is_int8 else (k, v)
 
 

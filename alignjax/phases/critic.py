@@ -57,6 +57,12 @@ class Critic(Protocol):
         ...
 
 
+def separate_values(model: ScalarModel, params: Params, batch: Batch) -> Array:
+    """What a decoder and a head of their own say after each token of rows: [R, T] float32."""
+    rows = batch["tokens"], batch["segment_ids"], batch["positions"]
+    return model.apply(params, *rows)
+
+
 class SeparateCritic:
     """A decoder and a head of its own. All of it trains, under LoRA too.
 
@@ -121,8 +127,7 @@ class SeparateCritic:
 
     def values(self, params: Params, batch: Batch, hidden: Array) -> Array:
         del hidden
-        rows = batch["tokens"], batch["segment_ids"], batch["positions"]
-        return self._model.apply(params[self.name], *rows) - self._offset
+        return separate_values(self._model, params[self.name], batch) - self._offset
 
     def export(self, params: Params, path: Path) -> None:
         """A reward model's directory, that `critic.path` and `models.load_reward` read."""

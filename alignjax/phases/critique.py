@@ -278,3 +278,6 @@ class Critique:
         replace_file(run_dir / FIGURES, text.encode(errors="backslashreplace"))
         said = [f"{value} {COUNTS[name]}" for name, value in state["counts"].items() if value]
         return "; ".join(said)
+
+    def close(self) -> None:
+        """Holds nothing but arrays."""

@@ -34,7 +34,7 @@ from alignjax.phases.teacher import (
     with_teacher,
 )
 from alignjax.phases.teacher_top_k import Numbered, Rows, TopK, cached, numbered
-from alignjax.sharding import batch_shards, put_batch
+from alignjax.sharding import batch_shards, fetch, put_batch
 from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import make_optimizer
 from alignjax.train.progress import Progress
@@ -194,7 +194,7 @@ class OnDisk:
         def compute(batch: Rows) -> tuple[np.ndarray, np.ndarray]:
             rows = {name: batch[name] for name in ARRAYS if name in batch}
             ids, logps = ask(teacher.params, put_batch(rows, self._mesh, 1))
-            return np.asarray(ids), np.asarray(logps)
+            return fetch(ids), fetch(logps)
 
         where = config.teacher.cache_dir
         self._found = {

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,9 @@ from alignjax.phases.rollouts import (
 from alignjax.rewards.rollout import Rollouts
 from alignjax.sharding import batch_shards, copied, fetch, put_batch
 from alignjax.train.loop import Collected, Evaluated
-from alignjax.train.optim import make_optimizer
+from alignjax.train.optim import Optimizer, make_optimizer
 from alignjax.train.state import TrainState, create_state
-from alignjax.train.step import Batch, Metrics, make_step
+from alignjax.train.step import Batch, Metrics, Step, make_step
 
 
 def grpo_loss(
@@ -77,10 +77,57 @@ def grpo_loss(
     return found.loss, metrics
 
 
+class Functions(NamedTuple):
+    """What the phase compiles, besides the sampler and the rewards."""
+
+    optimizer: Optimizer
+    step: Step
+    ref_logps: Callable[[Params, Batch], Array]
+    logps: Callable[[Params, Batch], Array]
+    has_joint_reference: bool
+    """The reference's log-probs are computed in the step, beside those of the policy."""
+
+
+def make_functions(
+    config: GrpoConfig, model: Model, mesh: Mesh, frozen: Params | None = None
+) -> Functions:
+    """Args: frozen: the base under LoRA; None: all parameters train."""
+    algorithm, temperature = config.algorithm, config.rollout.temperature
+    optimizer = make_optimizer(
+        config.optimizer,
+        config.loop.steps * algorithm.num_updates * algorithm.num_minibatches,
+    )
+    # Under LoRA a reference that stays is the base: no second copy of the weights.
+    is_base = frozen is not None and not algorithm.reference_every
+    reference = lora.base(model) if is_base else model
+    # And its log-probs are computed beside those of the policy, unless they are read twice.
+    has_joint_reference = is_base and algorithm.has_kl_in_loss and algorithm.num_updates == 1
+    num_shards = batch_shards(mesh)
+
+    def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
+        if has_joint_reference:
+            _, base = lora.split(params)
+            found = score_tokens(
+                reference, base, batch,
+                num_shards=num_shards, temperature=temperature, with_entropy=False,
+            )  # fmt: skip
+            batch = {**batch, "ref_logps": jax.lax.stop_gradient(found.logps)}
+        return grpo_loss(
+            model, params, batch, algorithm,
+            temperature=temperature, max_tokens=config.rollout.max_tokens, num_shards=num_shards,
+        )  # fmt: skip
+
+    return Functions(
+        optimizer,
+        make_step(loss, optimizer, frozen),
+        make_logps(reference, mesh, temperature=temperature),
+        make_logps(model, mesh, temperature=temperature),
+        has_joint_reference,
+    )
+
+
 class Grpo:
     """Implements `train.loop.Phase`."""
-
-    runs_in_processes = True
 
     # Not the loss, which is about 0 on policy and says nothing (docs/metrics.md).
     shown = (
@@ -91,42 +138,13 @@ class Grpo:
     def __init__(self, config: GrpoConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._policy = Policy(config, mesh)
-        model, rollout, algorithm = self._policy.model, config.rollout, config.algorithm
-        self._rows = Rows.of(config, mesh)
-        if (num_sharing := config.num_sharing(mesh)) > 1:
-            self._rows = Rows.sharing(config, mesh, num_sharing)
+        self._rows = Rows.shared_where(config, mesh)
         self._sampler = Sampler(config, self._policy, mesh)
         self._sampling = self._sampler.sampling
         self._schedule = make_schedule(config, self._sampler, self._rounds)
-        self._optimizer = make_optimizer(
-            config.optimizer,
-            config.loop.steps * algorithm.num_updates * algorithm.num_minibatches,
-        )
-        # Under LoRA a reference that stays is the base: no second copy of the weights.
         self._reference: Params | None = None
-        is_base = self._policy.frozen is not None and not algorithm.reference_every
-        reference = self._policy.reference_model if is_base else model
-        # And its log-probs are computed beside those of the policy, unless they are read twice.
-        self._has_joint_reference = is_base and self._has_kl_in_loss and algorithm.num_updates == 1
-        num_shards = batch_shards(mesh)
-
-        def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
-            if self._has_joint_reference:
-                _, base = lora.split(params)
-                found = score_tokens(
-                    reference, base, batch,
-                    num_shards=num_shards, temperature=rollout.temperature, with_entropy=False,
-                )  # fmt: skip
-                batch = {**batch, "ref_logps": jax.lax.stop_gradient(found.logps)}
-            return grpo_loss(
-                model, params, batch, algorithm,
-                temperature=rollout.temperature, max_tokens=rollout.max_tokens,
-                num_shards=num_shards,
-            )  # fmt: skip
-
-        self._step = make_step(loss, self._optimizer, self._policy.frozen)
-        self._ref_logps = make_logps(reference, mesh, temperature=rollout.temperature)
-        self._logps = make_logps(model, mesh, temperature=rollout.temperature)
+        found = make_functions(config, self._policy.model, mesh, self._policy.frozen)
+        self._optimizer, self._step, self._ref_logps, self._logps, self._has_joint_reference = found
 
     # --- init -----------------------------------------------------------------------------------
 
@@ -264,11 +282,6 @@ class Grpo:
         kl = fetch(estimator(old, old, ref, mask)).reshape(-1)
         return np.bincount(owners, kl, minlength=len(sequences)).astype(np.float32)
 
-    @property
-    def _has_kl_in_loss(self) -> bool:
-        algorithm = self._config.algorithm
-        return algorithm.kl_coef > 0 and not algorithm.kl_in_reward
-
     def _ref(self, state: TrainState) -> Params:
         if state.reference is not None:
             return self._policy.whole(state.reference)
@@ -291,7 +304,7 @@ class Grpo:
             if algorithm.old_logps == "trainer":
                 batch["sampler_logps"] = batch["old_logps"]
                 batch["old_logps"] = self._logps(self._policy.whole(state.params), batch)
-            if self._has_kl_in_loss and not self._has_joint_reference:
+            if algorithm.has_kl_in_loss and not self._has_joint_reference:
                 batch["ref_logps"] = self._ref_logps(self._ref(state), batch)
             batches.append(batch)
         for _ in range(algorithm.num_updates):

@@ -127,6 +127,10 @@ class AlgorithmConfig(Config):
         return self
 
     @property
+    def has_kl_in_loss(self) -> bool:
+        return self.kl_coef > 0 and not self.kl_in_reward
+
+    @property
     def algorithm(self) -> losses.Algorithm:
         """The same, as `losses.policy_loss` takes it."""
         options = {name: getattr(self, name) for name in HYPERPARAMETERS}

@@ -31,7 +31,7 @@ from alignjax.phases.common import score_tokens
 from alignjax.phases.comparisons import per_element, token_rows_of
 from alignjax.rewards.judge_answer import Answer, Question, Usage
 from alignjax.rewards.judge_config import LocalConfig, ThinkConfig
-from alignjax.sharding import batch_shards, put_batch
+from alignjax.sharding import batch_shards, fetch, put_batch
 from alignjax.text import (
     check_fits,
     encode_chat_prompt,
@@ -205,7 +205,7 @@ class ModelAsk:
                     num_responses=num_options, shared_prompt=True, packed=False,
                 )  # fmt: skip
                 batch = put_batch({name: rows[name] for name in _ARRAYS}, self._mesh)
-                logps = np.asarray(self._logps(self._params, batch, num_options=num_options))
+                logps = fetch(self._logps(self._params, batch, num_options=num_options))
                 for i, of_options in zip(part, logps[:, 0].astype(np.float64), strict=False):
                     found[i] = exclusive(elements[i].completions, of_options)
         return found

@@ -183,7 +183,6 @@ class Label:
         if self._constitution is not None:
             figures["constitution"] = digest.of_value(to_dict(self._constitution))
         figures["agreement"] = agreement_with(self._others, records, judge.annotator)
-        self._judge.close()
         replace_file(run_dir / FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
         said = [f"{value} {COUNTS[name]}" for name, value in state["counts"].items() if value]
         if places["num"]:
@@ -192,6 +191,9 @@ class Label:
             if of["num_pairs"]:
                 said.append(f"of {of['num_pairs']} pairs {of['same_order']:.1%} as {name}")
         return "; ".join(said)
+
+    def close(self) -> None:
+        self._judge.close()
 
 
 class _Read:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ from alignjax.core.keys import named_key
 from alignjax.core.types import Params, Weighted
 from alignjax.data import RecordIterator, sequence_encoder, token_rows, training_source
 from alignjax.losses import KlControl
+from alignjax.models import Model, lora
 from alignjax.phases.common import Policy, checked_rows
 from alignjax.phases.critic import CRITICS, Critic, state_values
 from alignjax.phases.disaggregated import make_schedule, staleness_metrics
 from alignjax.phases.ppo_config import PpoConfig, PtxConfig
-from alignjax.phases.ppo_loss import experience, ppo_loss
+from alignjax.phases.ppo_loss import Experience, experience, ppo_loss
 from alignjax.phases.ppo_rows import (
     best_of_n,
     diagnose,
@@ -45,16 +46,64 @@ from alignjax.phases.rollouts import (
 from alignjax.rewards.rollout import Rollouts
 from alignjax.sharding import batch_shards, copied, fetch, put_batch
 from alignjax.train.loop import Collected, Evaluated
-from alignjax.train.optim import make_optimizer
+from alignjax.train.optim import Optimizer, make_optimizer
 from alignjax.train.state import TrainState, create_state
-from alignjax.train.step import Batch, Metrics, make_step, over_micro_batches
+from alignjax.train.step import Batch, Metrics, Step, make_step, over_micro_batches
+
+
+class Functions(NamedTuple):
+    """What the phase compiles, besides the sampler and the rewards."""
+
+    optimizer: Optimizer
+    step: Step
+    ref_logps: Callable[[Params, Batch], Array]
+    logps: Callable[[Params, Batch], Array]
+    values: Callable[[Params, Batch], Array]
+    """Of {"policy": ..., and the critic's under its name}."""
+    experience: Callable[..., Experience]
+
+
+def make_functions(
+    config: PpoConfig, model: Model, critic: Critic, mesh: Mesh, frozen: Params | None = None
+) -> Functions:
+    """Args: frozen: the base of the policy under LoRA; None: all parameters train."""
+    algorithm, temperature = config.algorithm, config.rollout.temperature
+    num_shards = batch_shards(mesh)
+    optimizer = make_optimizer(
+        config.optimizer,
+        config.loop.steps * algorithm.num_epochs * algorithm.num_minibatches,
+        scales={critic.name: config.critic.learning_rate_scale},
+    )
+
+    def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
+        return ppo_loss(
+            model, critic, params, batch, algorithm,
+            temperature=temperature, num_shards=num_shards,
+        )  # fmt: skip
+
+    def values(params: Params, batch: Batch) -> Array:
+        def micro(mb: Batch) -> Array:
+            rows = mb["tokens"], mb["segment_ids"], mb["positions"]
+            hidden, _ = model.apply(params["policy"], *rows)
+            return state_values(critic.values(params, mb, hidden))
+
+        return over_micro_batches(micro, batch)
+
+    # Under LoRA the reference is the base: no second copy of the weights.
+    reference = model if frozen is None else lora.base(model)
+    return Functions(
+        optimizer,
+        make_step(loss, optimizer, None if frozen is None else {"policy": frozen}),
+        make_logps(reference, mesh, temperature=temperature),
+        make_logps(model, mesh, temperature=temperature),
+        jax.jit(values),
+        jax.jit(functools.partial(experience, algorithm)),
+    )
 
 
 class Ppo:
     """Implements `train.loop.Phase`. The params of a state are {"policy": ..., and the critic's
     under the name of its kind}."""
-
-    runs_in_processes = True
 
     shown = (
         "reward", "objective/kl", "completions/mean_length", "val/explained_variance",
@@ -66,48 +115,20 @@ class Ppo:
     def __init__(self, config: PpoConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._policy = Policy(config, mesh)
-        model, algorithm = self._policy.model, config.algorithm
-        temperature, num_shards = config.rollout.temperature, batch_shards(mesh)
         self._rows = Rows.of(config, mesh)
         self._sampler = Sampler(config, self._policy, mesh)
         self._schedule = make_schedule(config, self._sampler, self._sampler.one_round)
-        critic: Critic = CRITICS[config.critic.trunk](config, self._policy, mesh)
-        self._critic = critic
+        self._critic: Critic = CRITICS[config.critic.trunk](config, self._policy, mesh)
         self._texts = None if config.ptx is None else self._make_texts(config.ptx)
-        self._optimizer = make_optimizer(
-            config.optimizer,
-            config.loop.steps * algorithm.num_epochs * algorithm.num_minibatches,
-            scales={critic.name: config.critic.learning_rate_scale},
-        )
-        # Under LoRA the reference is the base: no second copy of the weights.
-        self._reference: Params | None = self._policy.frozen
-        is_base = self._reference is not None
-        reference = self._policy.reference_model if is_base else model
-        self._ref_sampler = self._sampler.of(reference) if is_base else self._sampler
-        self._ref_logps = make_logps(reference, mesh, temperature=temperature)
-        self._logps = make_logps(model, mesh, temperature=temperature)
-        self._best_of_n: dict[str, float] | None = None
-
-        def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
-            return ppo_loss(
-                model, critic, params, batch, algorithm,
-                temperature=temperature, num_shards=num_shards,
-            )  # fmt: skip
-
-        def values(params: Params, batch: Batch) -> Array:
-            def micro(mb: Batch) -> Array:
-                rows = mb["tokens"], mb["segment_ids"], mb["positions"]
-                hidden, _ = model.apply(params["policy"], *rows)
-                return state_values(critic.values(params, mb, hidden))
-
-            return over_micro_batches(micro, batch)
-
         frozen = self._policy.frozen
-        self._step = make_step(
-            loss, self._optimizer, None if frozen is None else {"policy": frozen}
-        )
-        self._values = jax.jit(values)
-        self._experience = jax.jit(functools.partial(experience, algorithm))
+        self._reference: Params | None = frozen
+        self._ref_sampler = self._sampler
+        if frozen is not None:
+            self._ref_sampler = self._sampler.of(self._policy.reference_model)
+        found = make_functions(config, self._policy.model, self._critic, mesh, frozen)
+        self._optimizer, self._step, self._ref_logps, self._logps = found[:4]
+        self._values, self._experience = found.values, found.experience
+        self._best_of_n: dict[str, float] | None = None
 
     # --- init -----------------------------------------------------------------------------------
 

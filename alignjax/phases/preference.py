@@ -35,8 +35,6 @@ from alignjax.train.step import Batch, finalize, merge
 class Preference:
     """Implements `train.loop.Phase`."""
 
-    runs_in_processes = True
-
     shown = (
         "loss",
         "rewards/accuracies",

@@ -42,6 +42,10 @@ class Learner:
 
     Attributes:
       objective: the losses.
+      update: compiled; a `train.step.Step` on rows [M, R, T] with what `step` gives them.
+      sums: compiled; parameters and such rows -> loss and metrics.
+      kl: compiled; parameters and rows -> the KL that `kto` takes.
+      reference_logps: compiled; a scorer, its weights and rows -> sums [M, R, N, 2].
     """
 
     def __init__(
@@ -62,12 +66,16 @@ class Learner:
         loss = functools.partial(
             single_loss if self.objective.is_unpaired else pair_loss, self._scorer, self.objective
         )
-        self._step = make_step(loss, optimizer, policy.frozen)
-        self._evaluate = make_evaluate(loss)
-        self._kl = make_evaluate(functools.partial(mismatch_kl, self._scorer))
+        self.update = make_step(loss, optimizer, policy.frozen)
+        self.sums = make_evaluate(loss)
+        self.kl = make_evaluate(functools.partial(mismatch_kl, self._scorer))
         self._moved = jax.jit(_moved)
         self.reference_logps = jax.jit(reference_logps, static_argnums=0)
-        """Scorer, weights and rows [M, R, T] -> sums [M, R, N, 2]."""
+
+    @property
+    def reference_scorer(self) -> Scorer:
+        """Of the model that is trained: how rows are computed with the reference's weights."""
+        return self._scorer._replace(with_log_collision=False)
 
     def reference(self, params: Params) -> tuple[Scorer, Params]:
         """What the policy is held to: its weights, and how rows are computed with them.
@@ -76,7 +84,7 @@ class Learner:
           params: those that training starts from; they are returned, not copied, where they are the
             reference.
         """
-        scorer = self._scorer._replace(with_log_collision=False)
+        scorer = self.reference_scorer
         if (path := self._config.reference) is not None:
             check_same_ids("reference", path, self._policy.tokenizer)
             source = self._config.model
@@ -99,7 +107,7 @@ class Learner:
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         """One update on rows [M, R, T]. `state` is donated."""
         given = self._given(state, batch)
-        state, found = self._step(state, {**batch, **given})
+        state, found = self.update(state, {**batch, **given})
         metrics = self.finished(found)
         if state.extra is not None:
             extra = self._moved(state.extra, metrics["delta"], batch["ranks"])
@@ -110,7 +118,7 @@ class Learner:
         """Loss and metrics of rows [M, R, T], as sums."""
         given = self._given(state, batch)
         params = self._policy.whole(state.params)
-        loss, metrics = self._evaluate(params, {**batch, **given})
+        loss, metrics = self.sums(params, {**batch, **given})
         shown = {name: Weighted(value[0], jnp.ones(())) for name, value in given.items()}
         return {"loss": loss, **metrics, **shown}
 
@@ -126,7 +134,7 @@ class Learner:
         micro-batches changes nothing."""
         found: dict[str, Any] = {}
         if "kl" in self.objective.takes:
-            found["kl"] = finalize(self._kl(self._policy.whole(state.params), batch)[0])
+            found["kl"] = finalize(self.kl(self._policy.whole(state.params), batch)[0])
         if "delta" in self.objective.takes:
             found["delta"] = state.extra.mean
         num = len(batch["mask"])

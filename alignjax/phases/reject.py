@@ -110,8 +110,6 @@ class Reject:
 
     def finish(self, state: State, records: Iterable[dict[str, Any]], run_dir: Path) -> str:
         """Writes reject.json, and balanced.jsonl where it is asked for."""
-        assert self._responses.rewards is not None
-        self._responses.rewards.close()
         figures: dict[str, Any] = dict(state["counts"])
         said = [f"{n} {_meaning(name)}" for name, n in figures.items() if n or name == "num_kept"]
         if (field := self._config.balance) is not None:
@@ -122,6 +120,9 @@ class Reject:
             said.append(f"{len(chosen)} of the kept in {BALANCED}, equally many of each {field}")
         replace_file(run_dir / FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
         return "; ".join(said)
+
+    def close(self) -> None:
+        self._responses.close()
 
 
 class Distinct:

@@ -153,6 +153,10 @@ class Responses:
                 raise UserError(reason)
         return Drawn(prompts, out, self._prompts.get_state(), self._prompts.num_dropped)
 
+    def close(self) -> None:
+        if self.rewards is not None:
+            self.rewards.close()
+
     def written(self, example: Example) -> str | list[dict[str, Any]]:
         """A prompt as records have it: text or messages (`prompts_as`)."""
         return written_prompt(example, self._config.data.text, self._config.prompts_as)

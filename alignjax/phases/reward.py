@@ -1,9 +1,9 @@
 """Reward models: scores of whole responses, learned from which of them people preferred."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,9 @@ from alignjax.phases.reward_model import RewardModel, score_elements
 from alignjax.phases.scoring import MOMENTS
 from alignjax.sharding import fetch, put_batch
 from alignjax.train.loop import Collected, Evaluated
-from alignjax.train.optim import make_optimizer
+from alignjax.train.optim import Optimizer, make_optimizer
 from alignjax.train.state import TrainState, create_state
-from alignjax.train.step import Batch, Metrics, make_step, over_micro_batches
+from alignjax.train.step import Batch, Metrics, Step, make_step, over_micro_batches
 
 
 def reward_loss(
@@ -66,10 +66,36 @@ def reward_loss(
     return losses.example_mean(loss, chosen.counts(ranks, is_valid)), metrics
 
 
+class Functions(NamedTuple):
+    """What the phase compiles."""
+
+    step: Step
+    scores: Callable[[Params, Batch], Array]
+    """Of all parameters and rows of comparisons [M, R, T]: scores [M, R, N, K]."""
+
+
+def make_functions(
+    config: RewardPhaseConfig,
+    model: ScalarModel,
+    optimizer: Optimizer,
+    frozen: Params | None = None,
+) -> Functions:
+    """Args: frozen: as of `make_step`."""
+    shared = config.data.shared_prompt
+
+    def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
+        return reward_loss(model, params, batch, config.objective, shared_prompt=shared)
+
+    def scores(params: Params, batch: Batch) -> Array:
+        return over_micro_batches(
+            lambda mb: score_elements(model, params, mb, shared_prompt=shared), batch
+        )
+
+    return Functions(make_step(loss, optimizer, frozen), jax.jit(scores))
+
+
 class Reward:
     """Implements `train.loop.Phase`."""
-
-    runs_in_processes = True
 
     shown = ("loss", "accuracy", "eval/loss", "eval/accuracy")
 
@@ -92,19 +118,9 @@ class Reward:
             held_out = open_preferences(data.reference, data.reference_layout, faulty=data.faulty)
         self._reference = all_responses(train if held_out is None else held_out)
         self._optimizer = make_optimizer(config.optimizer, config.loop.steps)
-        model, shared = self._reward.model, data.shared_prompt
-
-        def loss(params: Params, batch: Batch) -> tuple[Weighted, Metrics]:
-            return reward_loss(model, params, batch, objective, shared_prompt=shared)
-
-        self._step = make_step(loss, self._optimizer, self._reward.frozen)
-
-        def scores(params: Params, batch: Batch) -> Array:
-            return over_micro_batches(
-                lambda mb: score_elements(model, params, mb, shared_prompt=shared), batch
-            )
-
-        self._scores = jax.jit(scores)
+        self._step, self._scores = make_functions(
+            config, self._reward.model, self._optimizer, self._reward.frozen
+        )
 
     def init(self, key: Array) -> TrainState:
         return create_state(self._reward.init(key), self._optimizer.transform, key)

@@ -33,7 +33,7 @@ from alignjax.losses import token_mean
 from alignjax.losses.ratio import capped_exp, token_log_ratio
 from alignjax.models import Model
 from alignjax.phases.common import Policy, checked_rows, score_tokens
-from alignjax.phases.grpo_config import RlConfig
+from alignjax.phases.grpo_config import GrpoConfig, RlConfig
 from alignjax.phases.rollout_devices import RolloutDevices, Weights
 from alignjax.phases.scoring import Rewards
 from alignjax.rewards.combine import too_many_failures
@@ -230,6 +230,12 @@ class Rows:
             config.data.packed,
             num_sharing,
         )
+
+    @classmethod
+    def shared_where(cls, config: GrpoConfig, mesh: Mesh) -> "Rows":
+        """As `of` or, where completions share their prompts, as `sharing`."""
+        rows, num_sharing = cls.of(config, mesh), config.num_sharing(mesh)
+        return cls.sharing(config, mesh, num_sharing) if num_sharing > 1 else rows
 
     def pack(self, sequences: Sequence[Tokens], num_updates: int = 1) -> Tokens:
         """[M, R, T] of what so many updates take, longest first (first-fit decreasing).

@@ -136,8 +136,7 @@ class SampleResponses:
 
     def finish(self, state: State, records: Iterable[dict[str, Any]], run_dir: Path) -> str:
         """Writes sample.json, and best.jsonl where there are scores."""
-        if self._responses.rewards is not None:
-            self._responses.rewards.close()
+        if self._is_judged:
             lines = [json.dumps(_best(record), ensure_ascii=False) + "\n" for record in records]
             replace_file(run_dir / BEST, "".join(lines).encode(errors="backslashreplace"))
         figures: dict[str, Any] = dict(state["counts"])
@@ -150,6 +149,9 @@ class SampleResponses:
             of = figures["reward_of_best_of"].items()
             said.append("mean reward of the best of " + ", ".join(f"{k}: {m:.4g}" for k, m in of))
         return "; ".join(said)
+
+    def close(self) -> None:
+        self._responses.close()
 
 
 def expected_best(scores: Sequence[float], k: int) -> float:

@@ -57,8 +57,6 @@ class Rewards:
           UserError: if a function, model or judge cannot be loaded, a model has another tokenizer,
             or a context of fewer than `max_tokens`.
         """
-        if config.judges and jax.process_count() > 1:
-            raise UserError("rewards.judges: judges answer in one process so far: use one host")
         self.config = config
         self._models = {
             name: RewardModel(name, model, tokenizer, mesh) for name, model in config.models.items()
@@ -187,10 +185,7 @@ class RewardModel:
 
     def score_ids(self, texts: Sequence[np.ndarray]) -> np.ndarray:
         """[N] float32: the score of each of N texts, [length] int32 each, before normalising."""
-        row_len = _SHORTEST_ROW
-        while row_len < max(len(ids) for ids in texts):
-            row_len *= 2
-        num_rows = batch_shards(self._mesh) * max(1, _ROW_TOKENS // row_len)
+        num_rows, row_len = scored_shape(max(len(ids) for ids in texts), self._mesh)
         scores = np.zeros(len(texts), np.float32)
         done = 0
         while done < len(texts):
@@ -213,6 +208,15 @@ class RewardModel:
             scores[index[is_last]] = fetch(values)[is_last]
             done += num_used
         return scores
+
+
+def scored_shape(longest: int, mesh: Mesh) -> tuple[int, int]:
+    """Rows, and tokens of each, that a reward model reads at once where texts have up to `longest`
+    tokens."""
+    row_len = _SHORTEST_ROW
+    while row_len < longest:
+        row_len *= 2
+    return batch_shards(mesh) * max(1, _ROW_TOKENS // row_len), row_len
 
 
 def check_same_ids(key: str, path: str, tokenizer: HFTokenizer) -> None:

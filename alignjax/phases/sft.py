@@ -1,8 +1,9 @@
 """Supervised fine-tuning and pretraining: the cross-entropy of completions or documents."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +19,9 @@ from alignjax.phases.common import Policy, checked_rows, score_hidden, score_tok
 from alignjax.phases.corpus import CorpusConfig, dropout_key, means, text_rows, with_dropout
 from alignjax.sharding import batch_shards, put_batch
 from alignjax.train.loop import Collected, Evaluated
-from alignjax.train.optim import make_optimizer
+from alignjax.train.optim import Optimizer, make_optimizer
 from alignjax.train.state import TrainState, create_state
-from alignjax.train.step import Batch, Metrics, make_evaluate, make_step
+from alignjax.train.step import Batch, Metrics, Step, make_evaluate, make_step
 
 
 class SftConfig(CorpusConfig):
@@ -67,10 +68,27 @@ def _cross_entropy(out: TokenLogps, mask: Array) -> tuple[Weighted, Metrics]:
     }
 
 
+class Functions(NamedTuple):
+    """What the phase compiles."""
+
+    step: Step
+    evaluate: Callable[[Params, Batch], tuple[Weighted, Metrics]]
+
+
+def make_functions(
+    model: Model, optimizer: Optimizer, mesh: Mesh, frozen: Params | None = None
+) -> Functions:
+    """Args: frozen: as of `make_step`."""
+    num_shards = batch_shards(mesh)
+    trained = balanced_sft_loss if model.config.num_experts else sft_loss
+    return Functions(
+        make_step(functools.partial(trained, model, num_shards=num_shards), optimizer, frozen),
+        make_evaluate(functools.partial(sft_loss, model, num_shards=num_shards)),
+    )
+
+
 class Sft:
     """Implements `train.loop.Phase`."""
-
-    runs_in_processes = True
 
     shown = ("loss", "eval/loss")
     """The metrics that a terminal shows."""
@@ -78,20 +96,13 @@ class Sft:
     def __init__(self, config: SftConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._policy = Policy(config, mesh)
-        model = self._policy.model
         text, held_out = config.data.text, config.data.eval
         self._train = training_source(config.data.train, text)
         self._eval = None if held_out is None else training_source(held_out, text)
         self._optimizer = make_optimizer(config.optimizer, config.loop.steps)
-
-        num_shards = batch_shards(mesh)
-        trained = balanced_sft_loss if model.config.num_experts else sft_loss
-        self._step = make_step(
-            functools.partial(trained, model, num_shards=num_shards),
-            self._optimizer,
-            self._policy.frozen,
+        self._step, self._evaluate = make_functions(
+            self._policy.model, self._optimizer, mesh, self._policy.frozen
         )
-        self._evaluate = make_evaluate(functools.partial(sft_loss, model, num_shards=num_shards))
 
     def _rows(self, source: Source, **order: Any) -> RecordIterator[dict[str, np.ndarray]]:
         return text_rows(

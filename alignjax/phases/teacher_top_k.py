@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from alignjax.core.processes import any_of
 from alignjax.data import Source
 from alignjax.train.progress import Progress
 
@@ -109,13 +111,14 @@ def cached(
         for name in ROWS:
             digest.update(np.ascontiguousarray(batch[name]).tobytes())
     path = directory / digest.hexdigest()
-    if path.exists():
-        if _is_whole(path):
-            progress.note(f"log-probs of the teacher: read from {path}")
-            return _read(path)
+    is_whole = path.exists() and _is_whole(path)
+    if not any_of(not is_whole):  # Each host may have a cache of its own.
+        progress.note(f"log-probs of the teacher: read from {path}")
+        return _read(path)
+    if path.exists() and not is_whole:
         progress.warn(f"{path} is damaged; computing it anew")
-        shutil.rmtree(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        shutil.rmtree(path, ignore_errors=True)  # Another process may be at it as well.
+    temporary = path.with_name(f".{path.name}.{jax.process_index()}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     starts = np.full(num_records, -1, np.int64)

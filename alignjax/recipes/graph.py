@@ -5,6 +5,7 @@ artifacts, never live objects; `${NAME}` is also what stands at NAME in `vars`. 
 skipped on a re-run.
 """
 
+import contextlib
 import importlib
 import inspect
 import re
@@ -18,9 +19,10 @@ from pydantic import Field, model_validator
 
 from alignjax.core.config import Config, DirectoryName, check_name
 from alignjax.core.errors import KeyedError, UserError
+from alignjax.core.processes import is_first, together, wait_for_all
 from alignjax.core.yaml_tree import Key
 from alignjax.data import open_source, texts
-from alignjax.evals.run import EvalConfig, evaluate, write_report
+from alignjax.evals.run import EvalConfig, Report, evaluate, write_report
 from alignjax.phases.common import PhaseConfig
 from alignjax.phases.registry import DATA_PHASES, PHASES
 from alignjax.phases.scoring import Rewards
@@ -133,33 +135,49 @@ def _run_files(stage: FilesConfig | TokenizerConfig | EvalStageConfig) -> None:
     """Makes the directory of a stage that writes files; it appears whole or not at all."""
     run_dir = Path(stage.output_dir) / stage.name
     progress = Progress(title=stage.name)
-    with lock(run_dir, run_dir.with_name(f".{run_dir.name}.lock")):
-        if run_dir.exists():
-            check_same(run_dir, stage)
+    with contextlib.ExitStack() as stack:
+        with together():
+            if is_first():
+                stack.enter_context(lock(run_dir, run_dir.with_name(f".{run_dir.name}.lock")))
+                if run_dir.exists():
+                    check_same(run_dir, stage)
+        is_done = run_dir.exists()
+        wait_for_all("looked for a finished stage")  # Before the first may write it.
+        if is_done:
             progress.note(f"{run_dir} is there already: nothing to do")
             return
-        temporary = run_dir.with_name(f".{run_dir.name}.tmp")
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
-        try:
-            _write_files(stage, temporary, progress)
-            claim(temporary, stage)
-            temporary.rename(run_dir)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        progress.note(f"wrote {run_dir}")
+        with together():
+            found = evaluate(stage, Rewards) if isinstance(stage, EvalStageConfig) else None
+        with together():
+            if is_first():
+                _write_directory(stage, run_dir, found, progress)
 
 
-def _write_files(
-    stage: FilesConfig | TokenizerConfig | EvalStageConfig, directory: Path, progress: Progress
+def _write_directory(
+    stage: FilesConfig | TokenizerConfig | EvalStageConfig,
+    run_dir: Path,
+    found: Report | None,
+    progress: Progress,
 ) -> None:
-    if isinstance(stage, EvalStageConfig):
-        found = evaluate(stage, Rewards)
-        for line in found.lines():
-            progress.note(line)
-        write_report(found, directory)
-        return
+    temporary = run_dir.with_name(f".{run_dir.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        if found is None:
+            _write_files(stage, temporary)
+        else:
+            for line in found.lines():
+                progress.note(line)
+            write_report(found, temporary)
+        claim(temporary, stage)
+        temporary.rename(run_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    progress.note(f"wrote {run_dir}")
+
+
+def _write_files(stage: FilesConfig | TokenizerConfig, directory: Path) -> None:
     if isinstance(stage, TokenizerConfig):
         records = texts(open_source(stage.sources), stage.fields)
         train_sentencepiece(

@@ -52,9 +52,11 @@ MODELS = (
 
 _JUDGES = r"(judge|rewards\.judges\.[^.:]+)"
 _FREE = re.compile(
-    rf"({_JUDGES}\.({'|'.join(map(re.escape, LIMITS))})|max_failure_frac|max_unparsable_frac): "
+    rf"({_JUDGES}\.({'|'.join(map(re.escape, LIMITS))})|max_failure_frac|max_unparsable_frac|"
+    r"loop\.watchdog_minutes): "
 )
-"""Changes of a config with which a run may go on: how long and how far a judge is asked."""
+"""Changes of a config with which a run may go on: how long and how far a judge is asked, and when a
+watchdog speaks."""
 
 
 def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
@@ -74,19 +76,9 @@ def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
     """
     run_dir = Path(config.output_dir) / config.name
     _, phase_class = PHASES[config.phase]  # type: ignore[attr-defined]
-    if jax.process_count() > 1 and not getattr(phase_class, "runs_in_processes", False):
-        raise UserError(
-            f"phase {config.phase} runs in one process so far: use one host, with all its devices"
-        )
     progress = Progress(phase_class.shown, title=title, min_interval=config.loop.log_every)
-    with contextlib.ExitStack() as stack:
-        with together():
-            if is_first():
-                stack.enter_context(lock(run_dir, run_dir / ".lock"))
-                claim(run_dir, config)
-        model_dir = run_dir / "model"
-        is_done = model_dir.exists()
-        wait_for_all("looked for a finished run")  # Before the first may write it.
+    model_dir = run_dir / "model"
+    with taken(run_dir, config, model_dir) as is_done, contextlib.ExitStack() as stack:
         if is_done:
             progress.note(f"{model_dir} is there already: nothing to do")
             return model_dir
@@ -109,7 +101,7 @@ def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:
 
 
 def run_data_phase(config: Config, *, command: str, title: str = "") -> Path:
-    """Makes the records of a data phase in output_dir/name, in one process.
+    """Makes the records of a data phase in output_dir/name.
 
     A directory with a part of them, made by the same config, is continued; with all it is left
     alone.
@@ -122,18 +114,16 @@ def run_data_phase(config: Config, *, command: str, title: str = "") -> Path:
     Raises:
       UserError: as `run_phase`.
     """
-    if jax.process_count() > 1:
-        raise UserError("phases that make records run in one process: use one host")
     name, phase_class = config.phase, DATA_PHASES[config.phase][1]  # type: ignore[attr-defined]
     run_dir = Path(config.output_dir) / config.name  # type: ignore[attr-defined]
     progress = Progress(title=title or name)
-    with lock(run_dir, run_dir / ".lock"):
-        claim(run_dir, config)
-        output = run_dir / phase_class.output
-        if output.exists():
+    output = run_dir / phase_class.output
+    with taken(run_dir, config, output) as is_done:
+        if is_done:
             progress.note(f"{output} is there already: nothing to do")
             return output
-        phase = phase_class(config, make_mesh(config.mesh))  # type: ignore[attr-defined]
+        with together():
+            phase = phase_class(config, make_mesh(config.mesh))  # type: ignore[attr-defined]
         for warning in phase.warnings:
             progress.warn(warning)
 
@@ -148,6 +138,24 @@ def run_data_phase(config: Config, *, command: str, title: str = "") -> Path:
             raise
         progress.note(f"wrote {output}")
     return output
+
+
+@contextlib.contextmanager
+def taken(run_dir: Path, config: Config, output: Path) -> Iterator[bool]:
+    """A run directory for this run alone, all of its processes; gives whether the run is finished,
+    which the presence of `output` says.
+
+    Raises:
+      UserError: as `lock` and `claim`.
+    """
+    with contextlib.ExitStack() as stack:
+        with together():
+            if is_first():
+                stack.enter_context(lock(run_dir, run_dir / ".lock"))
+                claim(run_dir, config)
+        is_done = output.exists()
+        wait_for_all("looked for a finished run")  # Before the first may write it.
+        yield is_done
 
 
 def claim(run_dir: Path, config: Config) -> None:

@@ -2,11 +2,19 @@
 
 from alignjax.sharding.mesh import MeshConfig, batch_shards, make_mesh
 from alignjax.sharding.move import moved
-from alignjax.sharding.place import constrained, copied, fetch, init_sharded, put_batch
+from alignjax.sharding.place import (
+    batch_shardings,
+    constrained,
+    copied,
+    fetch,
+    init_sharded,
+    put_batch,
+)
 from alignjax.sharding.rules import fit, shardings
 
 __all__ = [
     "MeshConfig",
+    "batch_shardings",
     "batch_shards",
     "constrained",
     "copied",

@@ -103,11 +103,16 @@ def make_mesh(
             f"slices, which lie along it; use a multiple of {num_slices}"
         )
     types = (AxisType.Auto,) * len(AXES)
-    if num_slices == 1:
-        return jax.make_mesh([*sizes.values()], AXES, axis_types=types, devices=devices)
     inner = {**sizes, "data": sizes["data"] // num_slices}
     outer = dict.fromkeys(AXES, 1) | {"data": num_slices}
-    placed = mesh_utils.create_hybrid_device_mesh([*inner.values()], [*outer.values()], devices)
+    # Without splitting, 4 devices along an axis have no place on a slice of 8 x 8.
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    if num_slices == 1:
+        placed = mesh_utils.create_device_mesh([*inner.values()], **options)
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh(
+            [*inner.values()], [*outer.values()], **options
+        )
     return Mesh(placed, AXES, axis_types=types)
 
 

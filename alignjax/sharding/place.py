@@ -51,25 +51,33 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0) -> dict
     Raises:
       ValueError: if the rows do not divide evenly over the devices.
     """
+    arrays = {name: np.asarray(value) for name, value in batch.items()}
+    targets = batch_shardings(arrays, mesh, batch_axis)
+    return {name: _placed(array, targets[name]) for name, array in arrays.items()}
+
+
+def batch_shardings(
+    batch: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0
+) -> dict[str, NamedSharding]:
+    """Where `put_batch` puts each of these: anything with a shape."""
     num_shards = batch_shards(mesh)
 
-    def put(name: str, value: Any) -> jax.Array:
-        array = np.asarray(value)
-        if array.ndim <= batch_axis:
-            return _placed(array, NamedSharding(mesh, PartitionSpec()))
-        rows = array.shape[batch_axis]
+    def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        if len(shape) <= batch_axis:
+            return NamedSharding(mesh, PartitionSpec())
+        rows = shape[batch_axis]
         if rows % num_shards:
             raise ValueError(
                 f"{name}: {rows} rows do not divide over {num_shards} devices (mesh data x fsdp x "
                 f"expert); use a multiple of {num_shards}"
             )
         spec = PartitionSpec(*(None,) * batch_axis, BATCH_AXES)
-        num_tokens = array.shape[batch_axis + 1] if array.ndim > batch_axis + 1 else 1
+        num_tokens = shape[batch_axis + 1] if len(shape) > batch_axis + 1 else 1
         if mesh.shape["sequence"] > 1 and num_tokens % mesh.shape["sequence"] == 0:
             spec = PartitionSpec(*spec, "sequence")
-        return _placed(array, NamedSharding(mesh, spec))
+        return NamedSharding(mesh, spec)
 
-    return {name: put(name, value) for name, value in batch.items()}
+    return {name: sharding(name, array.shape) for name, array in batch.items()}
 
 
 def fetch(arrays: Any) -> Any:

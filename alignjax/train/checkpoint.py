@@ -89,7 +89,8 @@ class Checkpointer:
         """The newest checkpoint that is whole: (step, state, position); None if there is none.
 
         Args:
-          template: a state with the shapes, dtypes and shardings to restore to.
+          template: a state with the shapes, dtypes and shardings to restore to. Its arrays are
+            deleted where there is a checkpoint that fits, or two states would be on the devices.
           warn: called with a sentence for each newer checkpoint that is damaged. Damaged ones are
             set aside under `damaged-STEP`, since their step will be saved again.
         Raises:
@@ -98,15 +99,17 @@ class Checkpointer:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged: list[str] = []
+        wanted = _abstract(template)
         for step in steps:
             fault = self._fault(step)
             if fault is None:
-                self._check_fits(step, template)
+                self._check_fits(step, wanted)
+                _delete(template)
                 try:
                     restored = self._manager.restore(
                         step,
                         args=ocp.args.Composite(
-                            state=ocp.args.StandardRestore(_abstract(template)),
+                            state=ocp.args.StandardRestore(wanted),
                             position=ocp.args.JsonRestore(),
                         ),
                     )
@@ -249,3 +252,9 @@ def _spell(array: Any) -> str:
 
 def _abstract(template: State) -> State:
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+
+
+def _delete(arrays: Any) -> None:
+    for array in jax.tree.leaves(arrays):
+        if isinstance(array, jax.Array):
+            array.delete()

@@ -15,7 +15,7 @@ from jax import Array
 from pydantic import Field
 
 from alignjax.core.config import Config
-from alignjax.core.errors import UserError
+from alignjax.core.errors import Terminated, UserError
 from alignjax.core.processes import any_of, is_first
 from alignjax.train.checkpoint import Checkpointer
 from alignjax.train.metrics import MetricWriter, NoWriter
@@ -23,6 +23,7 @@ from alignjax.train.optim import averaged
 from alignjax.train.progress import Progress
 from alignjax.train.state import TrainState
 from alignjax.train.step import Batch
+from alignjax.train.watchdog import watchdog
 
 
 class LoopConfig(Config):
@@ -47,6 +48,10 @@ class LoopConfig(Config):
     tensorboard: bool = True
     wandb_project: str | None = None
     """Also logs to Weights & Biases, where it is installed."""
+    watchdog_minutes: float | None = Field(None, gt=0)
+    """Minutes without a finished step or evaluation after which each process writes the stacks of
+    its threads to stderr and to stacks.PROCESS.txt, and goes on waiting: longer than the first
+    step takes, which compiles. Not given: never."""
 
 
 class Records(Protocol):
@@ -113,8 +118,8 @@ def train(
     that was killed at any moment continues as if it had not been, bit for bit.
 
     Raises:
-      KeyboardInterrupt: after Ctrl-C or SIGTERM, to any process, when the state is saved; also
-        where it was the last step, so that no further stage begins.
+      KeyboardInterrupt: after Ctrl-C, to any process, when the state is saved; also where it was
+        the last step, so that no further stage begins. Terminated: the same, after SIGTERM.
       StopRunError: if the phase cannot collect data after some steps, when the state is saved.
       UserError: training has diverged.
     """
@@ -152,7 +157,12 @@ def train(
 
     best = config.best_metric
     failures, num_logged = 0, 0
-    with contextlib.closing(checkpoints), contextlib.closing(writer), _signals() as received:
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(writer),
+        _signals() as received,
+        watchdog(config.watchdog_minutes, run_dir) as finished,
+    ):
 
         def is_interrupted() -> bool:
             return any_of(bool(received))
@@ -164,6 +174,7 @@ def train(
                 _check_best(best, first.metrics)
             writer.write(0, first.metrics, first.samples)
             progress.show(0, first.metrics)
+        finished(step)
         watch = _Stopwatch()
         with progress.bar(step, config.steps) as advance:
             while step < config.steps and not is_interrupted():
@@ -214,6 +225,7 @@ def train(
                     writer.write(step, metrics, samples)
                     progress.show(step, metrics)
                 advance(step, metrics)
+                finished(step)
                 if failures >= 5 or (is_last and 0 < failures == num_logged):
                     checkpoints.wait()
                     raise UserError(
@@ -228,7 +240,7 @@ def train(
         if is_interrupted():
             done = f"saved step {step}" if step else "stopped before the first step"
             progress.note(f"{done}; {resume_command} continues from there")
-            raise KeyboardInterrupt
+            raise Terminated if any_of(signal.SIGTERM in received) else KeyboardInterrupt
     return state
 
 
@@ -283,16 +295,17 @@ class _Stopwatch:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM in a list, to be looked at between iterations; a second Ctrl-C
-    ends the process at once."""
+    """Collects Ctrl-C and SIGTERM in a list, to be looked at between iterations; Ctrl-C after
+    either ends the process at once. SIGTERM may come twice, from a scheduler and by way of a
+    script: what is being saved is to be saved all the same."""
     received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
         # Not by print, which the signal may have interrupted.
-        os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
+        os.write(2, b"\nfinishing this step, then saving; Ctrl-C stops at once\n")
 
     try:
         previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}

@@ -78,9 +78,36 @@ def over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:
     )
 
 
-def make_step(
-    loss_fn: LossFn, optimizer: Optimizer, frozen: Params | None = None
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+class Step:
+    """(state, batch) -> (state, metrics), compiled for the shardings in which a state first comes.
+
+    The state is donated, and comes back in those shardings.
+    """
+
+    def __init__(self, function: Callable[..., Any], frozen: Params | None):
+        """Args: function: (state, frozen, batch) -> (state, metrics); frozen: what it is given."""
+        self._function, self._frozen = function, frozen
+        self._compiled: Any = None
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        behaviour, state = state.behaviour, state._replace(behaviour=())  # It is on other devices.
+        if self._compiled is None:
+            self._compiled = self._jitted(state)
+        state, metrics = self._compiled(state, self._frozen, batch)
+        return state._replace(behaviour=behaviour), metrics
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """The same, of arrays that may be abstract (`jax.ShapeDtypeStruct` with a sharding)."""
+        return self._jitted(state).lower(state, self._frozen, batch)
+
+    def _jitted(self, state: TrainState) -> Any:
+        # Left to itself the compiler may move the state, and each move compiles everything that
+        # reads it once more.
+        kept = jax.tree.map(lambda x: x.sharding, state)
+        return jax.jit(self._function, donate_argnums=0, out_shardings=(kept, None))
+
+
+def make_step(loss_fn: LossFn, optimizer: Optimizer, frozen: Params | None = None) -> Step:
     """One update on the global batch; the state is donated.
 
     Gradients of the sums are added over micro-batches and divided once by the global weight, so the
@@ -94,7 +121,6 @@ def make_step(
         neither copied nor donated.
     Returns:
       A jitted function (state, batch) -> (state, metrics); `state.step` is the loop's to advance.
-      The state comes back in the shardings in which it came first.
     """
 
     def one(
@@ -137,20 +163,7 @@ def make_step(
         }
         return state._replace(params=params, opt_state=opt_state), out
 
-    compiled: Callable | None = None
-
-    def call(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        nonlocal compiled
-        behaviour, state = state.behaviour, state._replace(behaviour=())  # It is on other devices.
-        if compiled is None:
-            # Left to itself the compiler may move the state, and each move compiles everything that
-            # reads it once more.
-            kept = jax.tree.map(lambda x: x.sharding, state)
-            compiled = jax.jit(step, donate_argnums=0, out_shardings=(kept, None))
-        state, metrics = compiled(state, frozen, batch)
-        return state._replace(behaviour=behaviour), metrics
-
-    return call
+    return Step(step, frozen)
 
 
 def make_evaluate(loss_fn: LossFn) -> Callable[[Params, Batch], tuple[Weighted, Metrics]]:

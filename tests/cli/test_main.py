@@ -1,5 +1,7 @@
 """The command line: help at once, one message for an error, an exit status that scripts can use."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from alignjax.cli import main as cli
-from alignjax.core.errors import UserError
+from alignjax.cli.runtime import terminable
+from alignjax.core.errors import Terminated, UserError
 
 HEAVY = ("jax", "numpy", "pydantic", "yaml", "flax", "matplotlib", "rich")
 VERBS_WRITTEN = [v for v in cli.VERBS if Path(cli.__file__).with_name(f"{v}.py").exists()]
@@ -77,10 +80,22 @@ def test_a_bug_is_one_line_and_the_way_to_see_more(verb, capsys):
     assert "raise error\nRuntimeError: shapes differ:\n  [1]" in capsys.readouterr().err
 
 
-def test_interrupt(verb, capsys):
-    verb(raiser(KeyboardInterrupt()))
-    assert cli.main(["run", "a.yaml"]) == 130
-    assert "interrupted" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("kind", "status", "word"),
+    [(KeyboardInterrupt, 130, "interrupted"), (Terminated, 75, "terminated")],
+)
+def test_interrupt(verb, capsys, kind, status, word):
+    verb(raiser(kind()))
+    assert cli.main(["run", "a.yaml"]) == status
+    assert f"alignjax: {word}" in capsys.readouterr().err
+
+
+def test_terminable_raises_once_and_leaves_the_signal_as_it_was():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), terminable():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_wrong_usage_exits_2(capsys):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alignjax.cli.main import main
+from alignjax.cli.main import TERMINATED, main
 from alignjax.core.yaml_tree import load
 
 REPO = Path(__file__).resolve().parents[2]
@@ -168,7 +168,7 @@ def test_continues_where_it_was_stopped(phase, capsys):
         err = process.communicate(timeout=120)[1]
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.returncode == TERMINATED and "Traceback" not in err
     saved = re.search(r"saved step (\d+); (.*) continues from there$", err, re.M)
     assert saved[2] == "alignjax run tiny.yaml loop.steps=100000"
     steps = int(saved[1])

@@ -1,22 +1,17 @@
 """Several real processes train as one does, stop together, and go on in another number."""
 
 import json
-import os
+import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from alignjax.cli.main import TERMINATED
 from alignjax.core.config import dump
 from alignjax.recipes import chains
-from alignjax.train.metrics import TIMINGS
+from tests.integration.launched import Run, assert_same, metrics_of
 
-REPO = Path(__file__).resolve().parents[2]
-NUM_DEVICES = 4
 RANKINGS = [
     {"prompt": f"{i}+{j}=", "responses": [f"{i + j}", f"{i + j + 1}"], "ranks": [1, 2]}
     for i in range(1, 7)
@@ -63,63 +58,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-class Run:
-    """Processes of one `alignjax run`, with 4 devices among them."""
-
-    def __init__(self, folder, number, phase, *overrides):
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        flags = f"--xla_force_host_platform_device_count={NUM_DEVICES // number}"
-        env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(REPO)}
-        if number > 1:
-            env |= {
-                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                "JAX_NUM_PROCESSES": str(number),
-            }
-        command = [sys.executable, "-m", "alignjax", "run", f"{phase}.yaml", *overrides]
-        self.logs = [folder / f"{port}_{i}.log" for i in range(number)]
-        self.processes = [
-            subprocess.Popen(command, cwd=folder, env=env | {"JAX_PROCESS_ID": str(i)},
-                             stdout=log.open("w"), stderr=subprocess.STDOUT)
-            for i, log in enumerate(self.logs)
-        ]  # fmt: skip
-
-    def wait(self, seconds=400):
-        """The exit codes."""
-        until = time.monotonic() + seconds
-        try:
-            return [p.wait(until - time.monotonic()) for p in self.processes]
-        finally:
-            for p in self.processes:
-                p.kill()
-
-    def wait_for_step(self, metrics, step):
-        until = time.monotonic() + 400
-        while time.monotonic() < until:
-            if metrics.exists() and f'"step": {step},' in metrics.read_text():
-                return
-            assert all(p.poll() is None for p in self.processes), self.text()
-            time.sleep(0.02)
-        pytest.fail(self.text())
-
-    def text(self):
-        return "\n".join(log.read_text() for log in self.logs)
-
-
-def metrics_of(folder, name):
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
-
-
-def assert_same(found, expected):
-    assert [line.keys() for line in found] == [line.keys() for line in expected]
-    for one, other in zip(found, expected, strict=True):
-        for key, value in other.items():
-            close = value if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)
-            assert one[key] == close, (other["step"], key)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["sft", "reward", "preference", "grpo", "ppo"])
 def test_two_processes_train_as_one(folder, phase):
@@ -134,8 +72,22 @@ def test_two_processes_train_as_one(folder, phase):
 
 
 @pytest.mark.slow
+def test_an_error_in_one_of_them_ends_all(folder):
+    """The first cannot write its metrics, while the other waits for it to save a step."""
+    (folder / "runs/stuck/metrics.jsonl").mkdir(parents=True)
+    run = Run(folder, 2, "sft", "name=stuck")
+    until = time.monotonic() + 400
+    while "metrics.jsonl" not in run.logs[0].read_text():
+        assert time.monotonic() < until, run.text()
+        time.sleep(0.1)
+    codes = run.wait(60)
+    assert codes[0] == 1 and codes[1] != 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_they_stop_together_and_go_on_in_another_number(folder):
-    """SIGTERM to one of two; then four, one of which is killed; then one, to the end."""
+    """SIGTERM to one of two; then four, one of which is killed; then one, and two, to the end."""
     steps = "loop.steps=40"
     whole = Run(folder, 1, "sft", "name=whole", steps)
     assert whole.wait() == [0], whole.text()
@@ -145,7 +97,7 @@ def test_they_stop_together_and_go_on_in_another_number(folder):
     run.wait_for_step(metrics, 6)
     run.processes[1].send_signal(signal.SIGTERM)
     codes = run.wait()
-    assert codes[0] == codes[1] != 0, run.text()
+    assert codes == [TERMINATED, TERMINATED], run.text()
     assert "saved step" in run.logs[0].read_text()
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert (folder / f"runs/parts/checkpoints/{last}").is_dir()
@@ -158,6 +110,12 @@ def test_they_stop_together_and_go_on_in_another_number(folder):
     assert time.monotonic() - killed < 60 and all(codes), codes
     assert f"resumed from step {last}" in run.logs[0].read_text()
 
-    run = Run(folder, 1, "sft", "name=parts", steps)
-    assert run.wait() == [0], run.text()
-    assert_same(metrics_of(folder, "parts"), metrics_of(folder, "whole"))
+    parts, saved_by_four = folder / "runs/parts", folder / "saved_by_four"
+    shutil.copytree(parts, saved_by_four)
+    for number in (1, 2):
+        shutil.rmtree(parts)
+        shutil.copytree(saved_by_four, parts)
+        run = Run(folder, number, "sft", "name=parts", steps)
+        assert run.wait() == [0] * number, run.text()
+        assert "resumed from step" in run.logs[0].read_text()
+        assert_same(metrics_of(folder, "parts"), metrics_of(folder, "whole"))

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
+from alignjax.cli.main import TERMINATED
 from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes import chains, sevens
 from alignjax.text import load_tokenizer
@@ -352,8 +353,11 @@ def test_killed_again_and_again(tmp_path, uninterrupted, phase, seed):
     assert_same(place, uninterrupted(phase)[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, uninterrupted, number):
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, TERMINATED, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, uninterrupted, number, code, word):
     place = Place(tmp_path, "sft")
     process = place.start()
     while place.num_lines() < 5:
@@ -361,10 +365,10 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, uninterrupted, number):
         time.sleep(0.002)
     process.send_signal(number)
     text, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, text
+    assert process.returncode == code, text
     step = place.num_lines() - 1
     assert f"saved step {step}; alignjax run config.yaml continues from there" in text
-    assert "Traceback" not in text and "alignjax: interrupted" in text
+    assert "Traceback" not in text and f"alignjax: {word}" in text
     assert (place.run / "checkpoints" / str(step)).is_dir()
     text = resume(place)
     assert f"resumed from step {step} of 14" in text

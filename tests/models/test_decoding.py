@@ -9,6 +9,7 @@ from alignjax.models import Model, ModelConfig
 from alignjax.models.decoding import empty_own, read_prompts, read_tokens
 from alignjax.models.kernels.decode import Seats
 from alignjax.models.kv import loaded, quantized
+from alignjax.sharding import MeshConfig, make_mesh
 
 VOCAB, P, C, STEPS = 13, 6, 4, 9
 SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "num_layers": 3, "num_heads": 4, "head_dim": 4,
@@ -87,3 +88,17 @@ def test_codes_are_within_half_a_step_of_each_head(axis):
     most = np.abs(x).max(axis, keepdims=True) / 254
     assert (error <= most * (1 + 1e-5)).all()
     assert error.max() > 0
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_the_store_is_born_where_it_stays(is_int8):
+    """Rows over fsdp, heads over tensor, as far as they divide."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    model = Model(ModelConfig(**SMALL, num_kv_heads=2), mesh=mesh)
+    own = empty_own(model, 8, 4, is_int8=is_int8)
+    k = own.k.codes if is_int8 else own.k
+    assert k.shape == (3, 8, 2, 4, 4)
+    assert {shard.data.shape for shard in k.addressable_shards} == {(3, 2, 1, 4, 4)}
+    odd = empty_own(model, 6, 4, is_int8=is_int8)
+    k = odd.k.codes if is_int8 else odd.k
+    assert {shard.data.shape for shard in k.addressable_shards} == {(3, 6, 1, 4, 4)}

@@ -15,6 +15,8 @@ class Squares:
     shown = ("num",)
     warnings = ()
 
+    num_closed = 0
+
     def __init__(self, breaks_at=None):
         self.breaks_at = breaks_at
         self.made = []
@@ -36,6 +38,9 @@ class Squares:
         total = sum(record["square"] for record in records)
         return f"{state['counts']['num']} numbers, {total}"
 
+    def close(self):
+        self.num_closed += 1
+
 
 def test_records_and_states_in_order(tmp_path):
     told = []
@@ -54,8 +59,10 @@ def test_goes_on_after_the_last_whole_batch(tmp_path, breaks_at):
     whole.mkdir()
     cut.mkdir()
     produce(Squares(), whole, lambda _: None)
+    broken = Squares(breaks_at)
     with pytest.raises(KeyboardInterrupt):
-        produce(Squares(breaks_at), cut, lambda _: None)
+        produce(broken, cut, lambda _: None)
+    assert broken.num_closed == 1
     assert not (cut / "squares.jsonl").exists()
     with (cut / ".squares.jsonl.partial").open("a") as file:
         file.write('{"n": 99, "squ')  # What a kill leaves of a batch that it cuts short.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 from pydantic import ValidationError
@@ -68,6 +69,28 @@ def test_slices_lie_along_data():
         make_mesh(MeshConfig(fsdp=-1), chips)
     with pytest.raises(UserError, match=r"^rollout.mesh: 4, 2 devices of 2 slices.* as many of"):
         make_mesh(MeshConfig(data=2, fsdp=3), chips[:6], name="rollout.mesh")
+
+
+@dataclass(frozen=True)
+class TorusChip(Chip):
+    """The same of one of 8 x 8 in a torus."""
+
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+
+
+@pytest.mark.parametrize("num_slices", [1, 2])
+def test_an_axis_may_take_a_part_of_one_of_the_torus(num_slices):
+    chips = [
+        TorusChip(i, i // 64, "tpu", "TPU v6 lite", coords=(i % 8, i // 8 % 8, 0))
+        for i in range(64 * num_slices)
+    ]
+    mesh = make_mesh(MeshConfig(data=num_slices, fsdp=-1, expert=4), chips)
+    assert mesh.shape["fsdp"] == 16
+    for group in np.moveaxis(mesh.devices, 3, -1).reshape(-1, 4):
+        assert len({chip.slice_index for chip in group}) == 1
+        places = np.array([chip.coords for chip in group])
+        assert np.ptp(places, axis=0).sum() == 3  # Side by side along one axis of the torus.
 
 
 @pytest.mark.parametrize(

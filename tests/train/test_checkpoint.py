@@ -72,6 +72,19 @@ def test_the_newest_comes_back_as_it_was(tmp_path):
     assert said == []
 
 
+def test_the_template_is_deleted_so_that_no_two_states_are_on_the_devices(tmp_path):
+    template, wrong = state_of(0), state_of(0, width=4)
+    assert restore(tmp_path, template) == (None, [])
+    save(tmp_path, [1, 2])
+    with pytest.raises(UserError, match="another model"):
+        restore(tmp_path, wrong)
+    arrays = jax.tree.leaves((template, wrong))
+    assert not any(array.is_deleted() for array in arrays)
+    largest_file(tmp_path, 2).write_bytes(b"")
+    assert_is_step(restore(tmp_path, template)[0], 1)
+    assert all(array.is_deleted() for array in jax.tree.leaves(template))
+
+
 def test_what_is_saved_is_the_state_of_then_though_it_is_donated_at_once(tmp_path):
     """Saving goes on in a thread while the next step overwrites the buffers."""
     advance = jax.jit(lambda x: x + 1.0, donate_argnums=0)

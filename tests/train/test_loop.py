@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.errors import UserError
+from alignjax.core.errors import Terminated, UserError
 from alignjax.core.types import Weighted
 from alignjax.train.checkpoint import Checkpointer
 from alignjax.train.loop import Collected, Evaluated, LoopConfig, StopRunError, evaluated, train
@@ -201,8 +201,9 @@ def test_the_time_of_evaluations_is_not_that_of_steps(tmp_path):
 def test_a_signal_saves_says_how_to_go_on_and_goes_on_exactly(tmp_path, whole, number, at):
     heard = Heard()
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         run(tmp_path, Fake(lambda: os.kill(os.getpid(), number), at), heard)
+    assert isinstance(stopped.value, Terminated) == (number == signal.SIGTERM)
     assert heard.notes == [f"saved step {at + 1}; alignjax run x continues from there"]
     assert signal.getsignal(number) is before
     heard, phase = Heard(), Fake()
@@ -226,6 +227,30 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_only_what_was_not_saved(tmp_path
     state = run(tmp_path, phase)
     assert phase.seen[0] == (3, 6)
     assert_same(tmp_path, state, *whole)
+
+
+def test_sigterm_twice_is_once(tmp_path, whole):
+    """A scheduler's, and the same by way of the script that it started."""
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    heard = Heard()
+    with pytest.raises(Terminated):
+        run(tmp_path, Fake(twice, at=4), heard)
+    assert heard.notes == ["saved step 5; alignjax run x continues from there"]
+    assert_same(tmp_path, run(tmp_path), *whole)
+
+
+def test_the_watchdog_of_the_loop_shows_where_a_step_hangs(tmp_path, capfd):
+    def hang_here():
+        time.sleep(0.7)
+
+    run(tmp_path, Fake(hang_here, at=3), watchdog_minutes=0.3 / 60)
+    text = (tmp_path / "stacks.0.txt").read_text()
+    assert "in hang_here" in text and "in collect" in text and "(the last: 3)" in text
+    assert "in hang_here" in capfd.readouterr().err
 
 
 def test_a_signal_in_the_last_iteration_lets_no_further_stage_begin(tmp_path, whole):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from alignjax.core.loops import turning
 from alignjax.models.kernels.einsum import NO_WINDOW, capped, float32_einsum, sees_branch
 
 BLOCK = 256
@@ -148,7 +149,8 @@ def _forward(static: _Static, blocks: _Blocks, layout: _Layout) -> tuple[Array, 
             jnp.zeros(q.shape, jnp.float32),
         )
         add = add_keys if seen is None else _only(seen[i], add_keys)
-        top, total, out = jax.lax.fori_loop(*_keys_of(blocks, layout, i), add, start)
+        with turning(_mean_pairs(blocks.k, blocks.q)):
+            top, total, out = jax.lax.fori_loop(*_keys_of(blocks, layout, i), add, start)
         is_empty = top == _EMPTY  # what was summed until then has weight exp(0), not 0
         out = jnp.where(is_empty[..., None], 0.0, out / jnp.where(is_empty, 1.0, total)[..., None])
         return out.astype(q.dtype), jnp.where(is_empty, 0.0, top + jnp.log(total))
@@ -189,7 +191,8 @@ def _backward(static: _Static, residuals: Any, cotangent: Array) -> tuple[_Block
 
         zero = jnp.zeros(k.shape, jnp.float32)
         add = add_queries if seen is None else _only(seen[:, j], add_queries)
-        dq, dk, dv = jax.lax.fori_loop(*_queries_of(blocks, layout, j), add, (dq, zero, zero))
+        with turning(_mean_pairs(blocks.q, blocks.k)):
+            dq, dk, dv = jax.lax.fori_loop(*_queries_of(blocks, layout, j), add, (dq, zero, zero))
         return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
 
     seen = _seen(blocks, layout)
@@ -250,6 +253,14 @@ def _reach(blocks: _Blocks, layout: _Layout) -> Array | int:
     """How many slots a query looks back at most. A trunk may lie any number of slots before a
     branch, however few positions."""
     return layout.window if blocks.branches is None else NO_WINDOW
+
+
+def _mean_pairs(inner: Array, outer: Array) -> float:
+    """Blocks of the inner loop that meet one of the outer, on average; windows may leave out more.
+
+    Of as many keys as queries each block sees itself and those before; of others perhaps all.
+    """
+    return (len(inner) + 1) / 2 if len(inner) == len(outer) else len(inner)
 
 
 def _keys_of(blocks: _Blocks, layout: _Layout, i: Array) -> tuple[Array, Array]:

@@ -1,0 +1,1 @@
+"""A config and a topology -> what its programs need and how long they take, without hardware."""
