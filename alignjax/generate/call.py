@@ -79,7 +79,7 @@ class Call:
                 self._end(on_tokens(Progress(fresh, self._num_done)) or ())
             self._fresh = {}
             if not self._queue and slots.num_live and slots.can_shrink:
-                self._rearrange(self._rows.own.capacity)
+                self._shrink()
         return self._out
 
     def _empty(self) -> tuple[Prompts, Rows]:
@@ -161,8 +161,8 @@ class Call:
         longest = int(slots.counts[slots.rows >= 0].max())
         capacity = self._rows.own.capacity
         if longest > capacity:
-            self._rearrange(min(2 * capacity, self._ladder.capacity))
-            capacity, num_rows = self._rows.own.capacity, len(slots.rows)
+            capacity = min(2 * capacity, self._ladder.capacity)
+            self._rows = decode.grow(self._rows, capacity=capacity, mesh=self._mesh)
         min_live = 0
         if self._queue:
             min_live = num_rows - max(1, num_rows // 4)
@@ -195,13 +195,9 @@ class Call:
         self._num_done += len(done)
         slots.empty(done, self._queue, self._num_samples)
 
-    def _rearrange(self, capacity: int) -> None:
-        slots = self._slots
-        if self._queue:
-            source, prompt_source = np.arange(len(slots.rows)), np.arange(len(slots.prompts))
-        else:
-            source, prompt_source = slots.shrink()
+    def _shrink(self) -> None:
+        source, prompt_source = self._slots.shrink()
         self._read, self._rows = decode.rearrange(
-            self._read, self._rows, source.astype(np.int32), prompt_source.astype(np.int32),
-            Seats(*slots.seating()), capacity=capacity, mesh=self._mesh,
+            self._read, self._rows, source, prompt_source, Seats(*self._slots.seating()),
+            mesh=self._mesh,
         )  # fmt: skip

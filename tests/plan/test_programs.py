@@ -265,13 +265,13 @@ def test_the_engine_is_given_what_is_planned(world, mesh, monkeypatch):
 
     grown = []
 
-    def rearrange(prompts, rows, *rest, **static):
-        grown.append((prompts, rows, *rest))
-        return original(prompts, rows, *rest, **static)
+    def grow(rows, **static):
+        grown.append((rows,))
+        return original(rows, **static)
 
-    original = decode.rearrange
+    original = decode.grow
     for name, fake in (("read_into", read_into), ("admit", admit), ("advance", advance),
-                       ("rearrange", rearrange)):  # fmt: skip
+                       ("grow", grow)):  # fmt: skip
         monkeypatch.setattr(decode, name, fake)
     programs = {p.name: p for p in PLANNED["grpo"](config, mesh, Shapes()).all}
     phase = PHASES["grpo"][1](config, mesh)
