@@ -198,6 +198,6 @@ class Call:
     def _shrink(self) -> None:
         source, prompt_source = self._slots.shrink()
         self._read, self._rows = decode.rearrange(
-            self._read, self._rows, source.astype(np.int32), prompt_source.astype(np.int32),
-            Seats(*self._slots.seating()), mesh=self._mesh,
+            self._read, self._rows, source, prompt_source, Seats(*self._slots.seating()),
+            mesh=self._mesh,
         )  # fmt: skip

@@ -1,9 +1,8 @@
 """Rows of tokens -> rows with more tokens: the compiled functions that the engine calls in turn.
 
 `read_into` reads prompts, `admit` gives rows to free slots and draws their first tokens, `advance`
-adds tokens to all rows, `grow` makes room for more of them, `rearrange` moves the rows that are
-left to fewer slots. Each is compiled once for each of its shapes, whatever the settings of
-sampling.
+adds tokens to all rows, `grow` makes room for more, `rearrange` moves the rows that are left to a
+smaller store. Each is compiled once for each of its shapes, whatever the settings of sampling.
 """
 
 import functools
@@ -21,7 +20,7 @@ from alignjax.models import Model
 from alignjax.models.decoding import Own, Prompts, read_prompts, read_tokens
 from alignjax.models.kernels.decode import Seats
 from alignjax.models.kv import like
-from alignjax.sharding.mesh import BATCH_AXES
+from alignjax.sharding.mesh import BATCH_AXES, batch_shards
 
 STEPS = 64
 """Tokens that one call of `advance` adds to a row at most."""
@@ -230,18 +229,12 @@ def advance(
 
 @functools.partial(jax.jit, static_argnames=("capacity", "mesh"))
 def grow(rows: Rows, *, capacity: int, mesh: Mesh | None) -> Rows:
-    """The same rows, with room for `capacity` tokens of their own, more than before."""
+    """The same rows, with room for `capacity` tokens of their own; at least what it was."""
     own, room = rows.own, capacity - rows.own.capacity
     # The oldest first: then the next slot is the first of the new ones.
     k = jax.tree.map(lambda array: _extended(array, own.slot, room, array.ndim - 1), own.k)
     v = jax.tree.map(lambda array: _extended(array, own.slot, room, 3), own.v)
     return _spread(rows._replace(own=Own(k, v, jnp.full_like(own.slot, own.capacity))), mesh)
-
-
-def _extended(ring: Array, slot: Array, room: int, axis: int) -> Array:
-    widths = [(0, 0)] * ring.ndim
-    widths[axis] = (0, room)
-    return jnp.pad(jnp.roll(ring, -slot, axis=axis), widths)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -252,24 +245,56 @@ def rearrange(
     """Some of the rows and prompts, in other slots.
 
     Args:
-      source: [N'] int32, the slot that a row comes from; -1 leaves the new slot empty.
+      source: [N'] int32, the slot that a row comes from, on the same device; -1 leaves the new slot
+        empty.
       prompt_source: [B'] int32, as source; anything where there is none.
       seats: of the rows in their new slots.
     """
+
+    def move(array: Array, axis: int = 0) -> Array:
+        return _taken(array, source, axis, mesh)
+
+    def move_prompt(array: Array, axis: int = 0) -> Array:
+        return _taken(array, prompt_source, axis, mesh)
+
     own = rows.own
-    k, v = jax.tree.map(lambda array: array[:, source], (own.k, own.v))
     rows = Rows(
-        *(array[source] for array in (rows.keys, rows.num_tokens, rows.max_tokens)),
-        is_done=rows.is_done[source] | (source < 0),
-        is_stopped=rows.is_stopped[source],
-        recent=rows.recent[source],
-        is_seen=None if rows.is_seen is None else rows.is_seen[source],
+        keys=move(rows.keys),
+        num_tokens=move(rows.num_tokens),
+        max_tokens=move(rows.max_tokens),
+        is_done=move(rows.is_done) | (source < 0),
+        is_stopped=move(rows.is_stopped),
+        recent=move(rows.recent),
+        is_seen=None if rows.is_seen is None else move(rows.is_seen),
         seats=seats,
-        own=Own(k, v, own.slot),
+        own=Own(*jax.tree.map(lambda x: move(x, 1), (own.k, own.v)), own.slot),
     )
-    k, v = jax.tree.map(lambda array: array[:, prompt_source], (prompts.k, prompts.v))
-    prompts = Prompts(k, v, prompts.lengths[prompt_source], prompts.hidden[prompt_source])
+    k, v = jax.tree.map(lambda x: move_prompt(x, 1), (prompts.k, prompts.v))
+    prompts = Prompts(k, v, move_prompt(prompts.lengths), move_prompt(prompts.hidden))
     return prompts, _spread(rows, mesh)
+
+
+def _taken(array: Array, source: Array, axis: int, mesh: Mesh | None) -> Array:
+    """`array` at `source` along an axis; anything where that is -1.
+
+    Where the axis is split over devices, each takes of its own part: a program that may take from
+    anywhere gathers the keys and values of all devices on each.
+    """
+    shards = 1 if mesh is None else batch_shards(mesh)
+    if array.shape[axis] % shards or len(source) % shards:  # Not split: see `_on_batch`.
+        shards = 1
+    size = array.shape[axis] // shards
+    parts = array.reshape(*array.shape[:axis], shards, size, *array.shape[axis + 1 :])
+    places = source.reshape(shards, -1) - size * jnp.arange(shards)[:, None]
+    take = jax.vmap(functools.partial(jnp.take, axis=axis, mode="clip"), (axis, 0), axis)
+    taken = take(_on_batch(parts, mesh, axis), places)
+    return taken.reshape(*array.shape[:axis], len(source), *array.shape[axis + 1 :])
+
+
+def _extended(ring: Array, slot: Array, room: int, axis: int) -> Array:
+    widths = [(0, 0)] * ring.ndim
+    widths[axis] = (0, room)
+    return jnp.pad(jnp.roll(ring, -slot, axis=axis), widths)
 
 
 def num_compilations() -> int:

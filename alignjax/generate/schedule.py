@@ -35,6 +35,7 @@ class Ladder:
       seats: rows of one prompt at once.
       width: slots of a prompt.
       read: prompts that are read in one call.
+      num_devices: over which slots are split, in order; a row stays on its device.
       capacity: tokens that a row may add at most; 64 of them at first, then twice as many.
     """
 
@@ -44,6 +45,7 @@ class Ladder:
     width: int
     read: int
     capacity: int
+    num_devices: int = 1
 
     @classmethod
     def of(
@@ -66,6 +68,7 @@ class Ladder:
             width=width,
             read=bucket(min(read, max(1, _READ_TOKENS * num_devices // width)), smallest=1),
             capacity=bucket(max_tokens),
+            num_devices=num_devices,
         )
 
     @property
@@ -140,20 +143,29 @@ class Slots:
         self.prompts[is_idle] = -1
 
     def shrink(self) -> tuple[np.ndarray, np.ndarray]:
-        """Moves what is left to the smallest rung that holds it.
+        """Moves what is left to the smallest rung that holds it, each row on its device.
+
+        Prompts of several devices stay where they are.
 
         Returns:
           [N'] and [B'] int32: the slot, and the place of a prompt, that each comes from; -1: none.
         """
-        rows = len(self.rows)
-        while rows // 2 >= max(self.num_live, MIN_SHRUNK) and rows % 2 == 0:
+        rows, devices = len(self.rows), self.ladder.num_devices
+        while self._fit_into(rows, rows // 2):
             rows //= 2
-        places = min(len(self.prompts), rows)
-        source, prompt_source = np.full(rows, -1, np.int32), np.full(places, -1, np.int32)
-        live, used = np.flatnonzero(self.rows >= 0), np.flatnonzero(self.prompts >= 0)
-        source[: len(live)], prompt_source[: len(used)] = live, used
+        source = np.full((devices, rows // devices), -1, np.int32)
+        for device, slots in enumerate(np.arange(len(self.rows)).reshape(devices, -1)):
+            live = slots[self.rows[slots] >= 0]
+            source[device, : len(live)] = live
+        source = source.reshape(-1)
+        if devices > 1:
+            prompt_source = np.arange(len(self.prompts), dtype=np.int32)
+        else:
+            used = np.flatnonzero(self.prompts >= 0)
+            prompt_source = np.full(min(len(self.prompts), rows), -1, np.int32)
+            prompt_source[: len(used)] = used
         new_slot = np.full(len(self.rows) + 1, -1)
-        new_slot[live] = np.arange(len(live))
+        new_slot[source[source >= 0]] = np.flatnonzero(source >= 0)
         seats = np.where(prompt_source[:, None] < 0, -1, new_slot[self.seats[prompt_source]])
         self.rows = np.where(source < 0, -1, self.rows[source])
         self.counts = self.counts[source]
@@ -163,8 +175,14 @@ class Slots:
 
     @property
     def can_shrink(self) -> bool:
-        half = len(self.rows) // 2
-        return len(self.rows) % 2 == 0 and half >= max(self.num_live, MIN_SHRUNK)
+        return self._fit_into(len(self.rows), len(self.rows) // 2)
+
+    def _fit_into(self, rows: int, half: int) -> bool:
+        """Whether half of so many slots hold what each device has left."""
+        devices = self.ladder.num_devices
+        if rows % 2 or half % devices or half < MIN_SHRUNK:
+            return False
+        return int((self.rows >= 0).reshape(devices, -1).sum(axis=1).max()) <= half // devices
 
     def seating(self) -> tuple[np.ndarray, np.ndarray]:
         """[N] the seat of each row, and [B * S] the row in each seat, both int32 and 0 where there

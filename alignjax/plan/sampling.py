@@ -15,9 +15,10 @@ from alignjax.core.types import Params, Sampling
 from alignjax.generate import decode, make_generate
 from alignjax.generate.call import Call
 from alignjax.generate.decode import Entry, Rows
-from alignjax.generate.schedule import Ladder
+from alignjax.generate.schedule import Ladder, Slots
 from alignjax.models import Model
 from alignjax.models.decoding import Own, Prompts, empty_own, kv_sharding
+from alignjax.models.kernels.decode import Seats
 from alignjax.plan.programs import BATCH, KV, OTHER, PARAMS, Program
 from alignjax.plan.weights import placed, replicated
 
@@ -51,11 +52,11 @@ def sampling(
         int8_kv=limits.int8_kv, int8_weights=limits.int8_weights,
     )  # fmt: skip
     if (quantize := engine._quantize) is not None:
-        uncoded = params
+        full = params
         shapes = jax.eval_shape(quantize, params)
         targets = quantize.lower(params).compile().output_shardings
         params = placed(shapes, targets)
-        found.append(Program("quantize", lambda: quantize.lower(uncoded), (role,), resident))
+        found.append(Program("quantize", lambda: quantize.lower(full), (role,), resident))
         resident, role = {**resident, CODED: params}, CODED
     model, total = engine.model, limits.num_prompts * num_samples
     ladder = Ladder.of(
@@ -124,10 +125,21 @@ def sampling(
             ),
             Program(
                 "grow the cache",
-                lambda: decode.grow.lower(half, capacity=ladder.capacity, mesh=mesh),
-                (KV,), {**resident, KV: (prompts, half)},
+                lambda: decode.grow.lower(half, capacity=ladder.capacity, mesh=mesh), (KV,),
+                {**resident, KV: (prompts, half)},
             ),
         ]  # fmt: skip
+    if Slots(ladder).can_shrink:
+        seats = Seats(ints(num_rows // 2), ints(*rows.seats.rows.shape))
+        found.append(
+            Program(
+                "half of the rows",
+                lambda: decode.rearrange.lower(
+                    prompts, full, ints(num_rows // 2), ints(ladder.prompts), seats, mesh=mesh
+                ),
+                (KV, KV, BATCH, BATCH, BATCH), kept,
+            )
+        )  # fmt: skip
     return found
 
 

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from alignjax.core.types import LENGTH, STOP, Sampling
-from alignjax.generate import make_generate
+from alignjax.generate import decode, make_generate
 from alignjax.generate.decode import num_compilations
 from alignjax.generate.schedule import Ladder, bucket
 from alignjax.losses import next_token_logps
 from alignjax.models import Model, ModelConfig
-from alignjax.sharding.mesh import MeshConfig, make_mesh
+from alignjax.sharding.mesh import BATCH_AXES, MeshConfig, make_mesh
 
 VOCAB = 11
 pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
@@ -167,6 +168,42 @@ def test_eight_devices_sample_what_one_does(policy):
     )
     np.testing.assert_array_equal(one.tokens, many.tokens)
     np.testing.assert_allclose(one.logps, many.logps, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [16, 24])
+def test_rows_that_are_left_stay_on_their_device(num_rows):
+    """24 rows do not divide into 8 devices with as many each: they are on all, and may move."""
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=(3, num_rows, 5)).astype(np.float32)
+    source = np.repeat(np.arange(8), 2) * (num_rows // 8) + np.tile([1, -1], 8)
+    source = np.where(np.tile([False, True], 8), -1, source).astype(np.int32)
+    if num_rows == 24:
+        array, source = array[:, :23], source[:11]
+    spec = PartitionSpec(None, BATCH_AXES) if num_rows == 16 else PartitionSpec()
+    split = NamedSharding(mesh, spec)
+    take = jax.jit(lambda array, source: decode._taken(array, source, 1, mesh))
+    given = jax.device_put(array, split)
+    np.testing.assert_array_equal(
+        np.asarray(take(given, source))[:, source >= 0], array[:, source[source >= 0]]
+    )
+    text = take.lower(given, source).compile().as_text()
+    assert "all-gather" not in text and "all-reduce" not in text
+
+
+@pytest.mark.slow
+def test_eight_devices_let_go_of_rows_and_grow(policy):
+    tokens, lengths = prompts(16, 8)
+    sampling = Sampling(max_tokens=100, num_samples=4)
+    limits = np.array([3, 3, 3, 90] * 4)  # A quarter stays on, on some devices more than on others.
+    calls = [
+        make_generate(policy[0], mesh=mesh)(
+            policy[1], tokens, lengths, jax.random.PRNGKey(0), sampling, max_tokens=limits
+        )
+        for mesh in (None, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    ]
+    np.testing.assert_array_equal(calls[0].tokens, calls[1].tokens)
+    np.testing.assert_allclose(calls[0].logps, calls[1].logps, atol=1e-4)
 
 
 def test_only_the_rungs_of_a_ladder_are_compiled(policy):

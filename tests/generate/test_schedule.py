@@ -43,11 +43,15 @@ def test_prompts_are_read_a_few_at_a_time():
 
 
 @pytest.mark.parametrize(
-    ("num_prompts", "num_samples", "max_rows"), [(23, 5, 32), (40, 1, 16), (2, 50, 64), (7, 3, 4)]
+    ("num_prompts", "num_samples", "max_rows", "num_devices"),
+    [(23, 5, 32, 1), (40, 1, 16, 1), (2, 50, 64, 1), (7, 3, 4, 1), (23, 5, 64, 4), (40, 2, 64, 8)],
 )
-def test_every_row_has_a_seat_of_its_prompt_until_it_is_done(num_prompts, num_samples, max_rows):
+def test_every_row_has_a_seat_of_its_prompt_until_it_is_done(
+    num_prompts, num_samples, max_rows, num_devices
+):
     rng, total = np.random.default_rng(0), num_prompts * num_samples
-    slots, queue = Slots(ladder(num_prompts, num_samples, max_rows)), deque(range(total))
+    slots = Slots(ladder(num_prompts, num_samples, max_rows, num_devices))
+    queue = deque(range(total))
     done, num_reads, sizes = [], 0, []
     while queue or slots.num_live:
         waiting = list(queue)
@@ -67,6 +71,9 @@ def test_every_row_has_a_seat_of_its_prompt_until_it_is_done(num_prompts, num_sa
         if not queue and slots.can_shrink:
             before = slots.rows.copy(), slots.prompts.copy()
             source, prompt_source = slots.shrink()
+            each = np.arange(len(source)) // (len(source) // num_devices)
+            moved = source // (len(before[0]) // num_devices)
+            assert (moved == each)[source >= 0].all(), "no row leaves its device"
             for now, old, kept in zip(
                 (source, prompt_source), before, (slots.rows, slots.prompts), strict=True
             ):
