@@ -52,11 +52,11 @@ def sampling(
         int8_kv=limits.int8_kv, int8_weights=limits.int8_weights,
     )  # fmt: skip
     if (quantize := engine._quantize) is not None:
-        full = params
+        uncoded = params
         shapes = jax.eval_shape(quantize, params)
         targets = quantize.lower(params).compile().output_shardings
         params = placed(shapes, targets)
-        found.append(Program("quantize", lambda: quantize.lower(full), (role,), resident))
+        found.append(Program("quantize", lambda: quantize.lower(uncoded), (role,), resident))
         resident, role = {**resident, CODED: params}, CODED
     model, total = engine.model, limits.num_prompts * num_samples
     ladder = Ladder.of(

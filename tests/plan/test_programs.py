@@ -346,6 +346,22 @@ def test_what_lies_beside_is_counted_once(mesh):
     assert found.argument_bytes == 64 * 4 // 2 + 8 * 4 == found.compiler_argument_bytes
 
 
+def test_codes_in_the_sampler(world, mesh):
+    """The kernels and the cache as int8: another tree of parameters, beside those that train."""
+    rollout = {"num_prompts": 8, "max_prompt_tokens": 20, "max_tokens": 40}
+    rollout |= {"int8_kv": True, "int8_weights": True}
+    programs = PLANNED["grpo"](config_of(world, "grpo", rollout=rollout), mesh, Shapes()).all
+    found = {program.name: program for program in programs}
+    plain = jax.tree.leaves(found["quantize"].lower().args_info[0])
+    params = jax.tree.leaves(found["train step"].resident[PARAMS])
+    assert [x.shape for x in plain] == [x.shape for x in params]
+    coded = found[f"decode {decode.STEPS} tokens"]
+    kinds = {x.dtype for x in jax.tree.leaves(coded.lower().args_info[0][0])}
+    assert jnp.dtype(jnp.int8) in kinds
+    assert {PARAMS, "coded weights"} < coded.resident.keys()
+    assert "coded weights" not in found["train step"].resident
+
+
 def test_weights_that_lie_otherwise_while_they_sample(world, mesh):
     rollout = {"num_prompts": 8, "max_prompt_tokens": 20, "max_tokens": 40,
                "mesh": {"data": 2, "tensor": 4}}  # fmt: skip
