@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -102,9 +103,17 @@ def _attend(
 
 def _product(a: Array, b: Array) -> Array:
     """[X, K, M, I] by [X, K, I, J] -> [X, K, M, J] float32."""
-    if a.shape[2] <= _MAX_SUMMED:
+
+    def multiply(a: Array, b: Array) -> Array:
+        if a.dtype != b.dtype:
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return float32_einsum("xkmi,xkij->xkmj", a, b)
+
+    def summed(a: Array, b: Array) -> Array:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         return jnp.sum(a[..., None] * b[:, :, None], axis=3)
-    if a.dtype != b.dtype:
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return float32_einsum("xkmi,xkij->xkmj", a, b)
+
+    if a.shape[2] > _MAX_SUMMED:
+        return multiply(a, b)
+    # A TPU would write all keys and values out as float32 to sum them so.
+    return jax.lax.platform_dependent(a, b, tpu=multiply, default=summed)
