@@ -36,6 +36,9 @@ class Pod(NamedTuple):
 PODS = {
     "sft_v5e": Pod("sft_llama3_8b", "v5e:16x16", ("data.eval=null",)),
     "sft_v5p_1024": Pod("sft_llama3_8b", "v5p:8x8x16", ("data.rows=1024", "data.eval=null")),
+    "sft_2_v5e": Pod(
+        "sft_llama3_8b", "2x v5e:16x16", ("mesh.data=2", "data.rows=512", "data.eval=null")
+    ),
     "dpo_8b_v6e": Pod("dpo_llama3_8b", "v6e:8x8"),
     "dpo_8b_2_v6e": Pod("dpo_llama3_8b", "2x v6e:8x8", ("mesh.data=2", "data.num_prompts=256")),
     "dpo_70b_v5p": Pod("dpo_llama3_1_70b", "v5p:4x4x4"),
