@@ -160,7 +160,7 @@ def test_the_best_of_each_peer_is_its_default_where_that_is_all_there_is(name):
     assert found["alignjax"] == "float32" and len(found) == 3
     for library in ("trl", "tunix"):
         names = {v.name for v in everything if v.library == library}
-        assert found[library] == ("best" if "best" in names else "default")
+        assert found[library].startswith("best" if "best" in names else "default")
 
 
 def test_the_target_is_met_or_not():
