@@ -8,6 +8,7 @@ import pytest
 from alignjax.core.errors import UserError
 from alignjax.core.types import LENGTH
 from alignjax.models import Model, ModelConfig, save
+from alignjax.phases.disaggregated import InTurn
 from alignjax.phases.online_distill import OnlineDistill
 from alignjax.phases.online_distill_config import OnlineDistillConfig
 from alignjax.phases.rollouts import sequence
@@ -56,10 +57,16 @@ def make(world, kind=None, data=None, sizes=(1, 1, 1), rollout=None, **changes):
 
 
 class Kept:
-    """Keeps what a sampler gives."""
+    """Keeps what the sampler of a phase gives, in training and in evaluations."""
 
-    def __init__(self, sampler):
-        self._sampler, self.found = sampler, []
+    def __init__(self, phase):
+        self._sampler, self.found = phase._sampler, []
+        phase._schedule = InTurn(self.one_round)
+
+    def one_round(self, *args):
+        rounds = self._sampler.one_round(*args)
+        self.found += rounds
+        return rounds
 
     def __call__(self, *args):
         self.found.append(self._sampler(*args))
@@ -98,7 +105,7 @@ def both(phase, params, rollouts):
 def test_the_loss_and_what_is_measured_by_hand(world, kind, group):
     phase = make(world, kind, rollout={"temperature": 0.8, "group_size": group})
     state, records = phase.init(jax.random.PRNGKey(3)), phase.records()
-    phase._sampler = Kept(phase._sampler)
+    phase._sampler = Kept(phase)
     state, collected = phase.collect(state, records)
     (batch,) = collected.batches
     params = jax.device_get(state.params)
@@ -133,7 +140,7 @@ def test_a_step_moves_towards_what_the_teacher_likes_better(world):
         "learning_rate": 1e-3, "max_grad_norm": 1e9,
     })  # fmt: skip
     state, records = phase.init(jax.random.PRNGKey(3)), phase.records()
-    phase._sampler = Kept(phase._sampler)
+    phase._sampler = Kept(phase)
     state, collected = phase.collect(state, records)
     (batch,) = collected.batches
     before = jax.device_get(state.params)
@@ -247,7 +254,7 @@ def test_resuming_is_never_having_stopped(world, tmp_path, kind):
 
 def test_what_was_cut_is_trained_on_and_said(world):
     phase = make(world, rollout={"max_tokens": 1})
-    phase._sampler = Kept(phase._sampler)
+    phase._sampler = Kept(phase)
     state = phase.init(jax.random.PRNGKey(0))
     _, collected = phase.collect(state, phase.records())
     (batch,) = collected.batches

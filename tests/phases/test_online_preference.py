@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from alignjax.core.types import Completions, Sample, Score
+from alignjax.phases.disaggregated import InTurn
 from alignjax.phases.online_preference import OnlinePreference, best_and_worst, singles
 from alignjax.phases.online_preference_config import OnlineConfig
 from alignjax.phases.preference_loss import completion_logps
@@ -103,6 +104,13 @@ def keep_rollouts(phase):
         "__call__": lambda self, *args: kept.append(sampler(*args)) or kept[-1],
         "__getattr__": lambda self, name: getattr(sampler, name),
     })()  # fmt: skip
+
+    def one_round(*args):
+        rounds = sampler.one_round(*args)
+        kept.extend(rounds)
+        return rounds
+
+    phase._schedule = InTurn(one_round)
     return kept
 
 
