@@ -10,7 +10,6 @@ from alignjax.core.config import build, loads
 from alignjax.phases.registry import PHASES
 from alignjax.recipes import sevens
 from alignjax.recipes.chains import write
-from alignjax.sharding import make_mesh
 from alignjax.train.loop import train
 from alignjax.train.metrics import read_metrics
 from alignjax.train.progress import Progress
@@ -41,8 +40,10 @@ data:
   train: {root}/train.jsonl
   eval: {root}/test.jsonl
   text: {{fields: {{prompt: prompt, reference: reference}}}}
-rollout: {{num_prompts: 4, group_size: 2, max_prompt_tokens: 16, max_tokens: 8}}
-algorithm: {{preset: grpo}}
+rollout:
+  {{num_prompts: 4, group_size: 2, max_prompt_tokens: 16, max_tokens: 8,
+    devices: 4, max_staleness: 1}}
+algorithm: {{preset: grpo, old_logps: trainer, importance_cap: 2.0}}
 rewards:
   functions: {{mine: {{function: "{root}/mine.py:reward"}}}}
   num_workers: 1
@@ -168,7 +169,7 @@ def logged(tmp_path_factory):
         tree = loads(text.format(root=root))
         schema, phase_class = PHASES[tree.values["phase"]]
         config = build(schema, tree)
-        phase = phase_class(config, make_mesh(config.mesh))
+        phase = phase_class(config, config.training_mesh())
         run_dir = root / config.name
         run_dir.mkdir(exist_ok=True)  # rewards.log may be in there already
         state = train(phase, config.loop, run_dir, seed=0, progress=Progress())
