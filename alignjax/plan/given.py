@@ -13,6 +13,8 @@ from alignjax.phases import reward as reward_phase
 from alignjax.phases import sft as sft_phase
 from alignjax.phases.common import checked_rows
 from alignjax.phases.comparisons import ComparisonData
+from alignjax.phases.distill_config import DistillConfig
+from alignjax.phases.online_preference_config import OnlineData
 from alignjax.phases.preference_config import ObjectiveConfig, PreferenceConfig
 from alignjax.phases.preference_loss import ARRAYS, K, Scorer
 from alignjax.phases.preference_step import Learner
@@ -31,13 +33,8 @@ def sft(config: sft_phase.SftConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
     functions = sft_phase.make_functions(policy.model, optimizer, mesh, policy.frozen)
     state = weights.train_state(policy.params, optimizer, mesh)
-    shape = data.micro_batches, checked_rows(data.rows, mesh), data.row_len
-    sequence = {"tokens": np.zeros(2, np.int32), "mask": np.array([False, True])}
-    host, _ = pack([sequence], num_rows=shape[0] * shape[1], row_len=data.row_len)
-    arrays = {name: array.reshape(shape) for name, array in host.items()}
-    if config.model.lora is not None and config.model.lora.dropout:
-        arrays["dropout_seed"] = np.zeros(data.micro_batches, np.uint32)
-    batch, num_tokens = weights.batch(arrays, mesh), float(np.prod(shape))
+    arrays = texts(config, mesh)
+    batch, num_tokens = weights.batch(arrays, mesh), float(arrays["tokens"].size)
     step = train_step(functions.step, state, batch, policy.frozen)
     is_lora = policy.frozen is not None
     flops = train_flops(policy.model.config, data.row_len, num_tokens, lora=is_lora)
@@ -63,13 +60,12 @@ def reward(config: RewardPhaseConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
     functions = reward_phase.make_functions(config, model, optimizer, trained.frozen)
     state = weights.train_state(trained.params, optimizer, mesh)
-    arrays, num_tokens = comparisons(config.data, mesh)
+    data = config.data
+    arrays, num_tokens = comparisons(data, mesh, data.num_prompts, data.row_len)
     batch = weights.batch(arrays, mesh)
     step = train_step(functions.step, state, batch, trained.frozen)
     whole, is_lora = trained.whole(trained.params), trained.frozen is not None
-    flops = train_flops(
-        model.decoder.config, config.data.row_len, num_tokens, unembed=False, lora=is_lora
-    )
+    flops = train_flops(model.decoder.config, data.row_len, num_tokens, unembed=False, lora=is_lora)
     scoring = Program(
         "scoring",
         lambda: functions.scores.lower(whole, batch),
@@ -77,7 +73,7 @@ def reward(config: RewardPhaseConfig, mesh: Mesh, shapes: Shapes) -> Programs:
         step.resident,
         times=0.0,
     )
-    notes = [] if config.data.pairs is not None else [_TWO]
+    notes = [] if data.pairs is not None else [_TWO]
     return Programs([step.with_flops(flops), scoring], num_tokens, config.loop.steps, notes)
 
 
@@ -88,7 +84,7 @@ def preference(config: PreferenceConfig, mesh: Mesh, shapes: Shapes) -> Programs
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
     learner: Any = Learner(config, policy, optimizer, mesh, shared_prompt=data.shared_prompt)
     state = weights.train_state(policy.params, optimizer, mesh, extra=learner.first_extra())
-    host, num_tokens = comparisons(data, mesh)
+    host, num_tokens = comparisons(data, mesh, data.num_prompts, data.row_len)
     arrays = {name: host[name] for name in ARRAYS}
     rows, takes = weights.batch(arrays, mesh), config.objective.takes
     if config.objective.reads_reference:
@@ -140,20 +136,34 @@ def reference_of(
     return scorer, policy.params, PARAMS
 
 
-def comparisons(data: ComparisonData, mesh: Mesh) -> tuple[dict[str, Any], float]:
+def texts(config: sft_phase.SftConfig | DistillConfig, mesh: Mesh) -> dict[str, np.ndarray]:
+    """Rows of texts [M, R, T] without content, and seeds [M] where adapters drop out."""
+    data, lora = config.data, config.model.lora
+    shape = data.micro_batches, checked_rows(data.rows, mesh), data.row_len
+    sequence = {"tokens": np.zeros(2, np.int32), "mask": np.array([False, True])}
+    host, _ = pack([sequence], num_rows=shape[0] * shape[1], row_len=data.row_len)
+    arrays = {name: array.reshape(shape) for name, array in host.items()}
+    if lora is not None and lora.dropout:
+        arrays["dropout_seed"] = np.zeros(data.micro_batches, np.uint32)
+    return arrays
+
+
+def comparisons(
+    data: ComparisonData | OnlineData, mesh: Mesh, num_rows: int, row_len: int
+) -> tuple[dict[str, Any], float]:
     """Rows of comparisons [M, R, ...] without content; and their tokens, if they were full."""
-    rows, ids = checked_rows(data.num_prompts // data.micro_batches, mesh), np.zeros(1, np.int32)
+    shape = data.micro_batches, checked_rows(num_rows // data.micro_batches, mesh)
+    ids = np.zeros(1, np.int32)
     host = pack_elements(
         [Element(ids, (ids, ids), (1, 2))],
-        num_rows=data.num_prompts,
-        row_len=data.row_len,
+        num_rows=num_rows,
+        row_len=row_len,
         num_responses=K,
         shared_prompt=data.shared_prompt,
         packed=data.packed,
     )
-    shape = data.micro_batches, rows
     arrays = {name: array.reshape(*shape, *array.shape[1:]) for name, array in host.items()}
-    return arrays, float(data.num_prompts * data.row_len)
+    return arrays, float(num_rows * row_len)
 
 
 _TWO = "two responses to each prompt are taken for granted: how many there are the data say"

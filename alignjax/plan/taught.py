@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from alignjax.data import Element, pack
-from alignjax.data.comparison_rows import pack_elements
-from alignjax.phases.common import Policy, checked_rows
+from alignjax.phases.common import Policy
 from alignjax.phases.distill import make_top_k, top_k_loss
 from alignjax.phases.distill_config import DistillConfig
 from alignjax.phases.online_distill import sampled_loss, student_loss
 from alignjax.phases.online_distill_config import OnlineDistillConfig
 from alignjax.phases.online_preference_config import OnlineConfig
-from alignjax.phases.preference_loss import ARRAYS, K
+from alignjax.phases.preference_loss import ARRAYS
 from alignjax.phases.preference_step import Learner
 from alignjax.phases.rollouts import Rows, make_logps
 from alignjax.phases.teacher import (
@@ -29,7 +27,7 @@ from alignjax.phases.teacher import (
     with_teacher,
 )
 from alignjax.plan import weights
-from alignjax.plan.given import reference_of
+from alignjax.plan.given import comparisons, reference_of, texts
 from alignjax.plan.programs import (
     BATCH,
     FROZEN,
@@ -56,13 +54,8 @@ def distill(config: DistillConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     teacher = _teacher(config.teacher, mesh, shapes)
     optimizer = make_optimizer(config.optimizer, config.loop.steps)
     state = weights.train_state(policy.params, optimizer, mesh)
-    shape = data.micro_batches, checked_rows(data.rows, mesh), data.row_len
-    sequence = {"tokens": np.zeros(2, np.int32), "mask": np.array([False, True])}
-    host, _ = pack([sequence], num_rows=shape[0] * shape[1], row_len=data.row_len)
-    arrays = {name: array.reshape(shape) for name, array in host.items()}
-    if config.model.lora is not None and config.model.lora.dropout:
-        arrays["dropout_seed"] = np.zeros(data.micro_batches, np.uint32)
-    num_tokens = float(np.prod(shape))
+    arrays = texts(config, mesh)
+    shape, num_tokens = arrays["tokens"].shape, float(arrays["tokens"].size)
     flops = train_flops(
         policy.model.config, data.row_len, num_tokens, lora=policy.frozen is not None
     )
@@ -158,18 +151,8 @@ def online_preference(config: OnlineConfig, mesh: Mesh, shapes: Shapes) -> Progr
     if reads:
         beside[role] = reference
     resident = {PARAMS: policy.params, OPTIMIZER: state.opt_state, FROZEN: policy.frozen, **beside}
-    num_rows = checked_rows(config.rows_per_update // data.micro_batches, mesh)
-    ids = np.zeros(1, np.int32)
-    host = pack_elements(
-        [Element(ids, (ids, ids), (1, 2))],
-        num_rows=config.rows_per_update,
-        row_len=config.row_len,
-        num_responses=K,
-        shared_prompt=data.shared_prompt,
-        packed=data.packed,
-    )
-    shape = data.micro_batches, num_rows
-    arrays = {name: host[name].reshape(*shape, *host[name].shape[1:]) for name in ARRAYS}
+    host, _ = comparisons(data, mesh, config.rows_per_update, config.row_len)
+    arrays = {name: host[name] for name in ARRAYS}
     found, rows = rollouts(config, policy, mesh, resident, scorers), weights.batch(arrays, mesh)
     if reads:
         found.append(

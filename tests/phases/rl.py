@@ -5,6 +5,7 @@ import numpy as np
 
 from alignjax.core.types import Completions, Score
 from alignjax.phases import rollouts, scoring
+from alignjax.phases.disaggregated import InTurn
 from alignjax.phases.registry import PHASES
 from alignjax.recipes import chains
 
@@ -85,6 +86,31 @@ class FakeEngine:
     def put_in(self, monkeypatch):
         monkeypatch.setattr(rollouts, "make_generate", lambda model, **_: self)
         return self
+
+
+class Kept:
+    """Takes the place of a phase's sampler, and keeps what it gives: in training, which goes by the
+    schedule, and in evaluations.
+
+    Attributes:
+      found: the rollouts so far.
+    """
+
+    def __init__(self, phase):
+        self._sampler, self.found = phase._sampler, []
+        phase._sampler, phase._schedule = self, InTurn(self.one_round)
+
+    def one_round(self, *args):
+        rounds = self._sampler.one_round(*args)
+        self.found += rounds
+        return rounds
+
+    def __call__(self, *args):
+        self.found.append(self._sampler(*args))
+        return self.found[-1]
+
+    def __getattr__(self, name):
+        return getattr(self._sampler, name)
 
 
 def iterations(phase, num, *, state=None, records=None, before=lambda state, records: None):

@@ -8,12 +8,12 @@ import pytest
 from alignjax.core.errors import UserError
 from alignjax.core.types import LENGTH
 from alignjax.models import Model, ModelConfig, save
-from alignjax.phases.disaggregated import InTurn
 from alignjax.phases.online_distill import OnlineDistill
 from alignjax.phases.online_distill_config import OnlineDistillConfig
 from alignjax.phases.rollouts import sequence
 from alignjax.recipes import chains
 from alignjax.train.checkpoint import Checkpointer
+from tests.phases import rl
 from tests.phases.distillation import (
     STUDENT,
     assert_same,
@@ -56,26 +56,6 @@ def make(world, kind=None, data=None, sizes=(1, 1, 1), rollout=None, **changes):
     return OnlineDistill(OnlineDistillConfig.model_validate(values), mesh_of(sizes))
 
 
-class Kept:
-    """Keeps what the sampler of a phase gives, in training and in evaluations."""
-
-    def __init__(self, phase):
-        self._sampler, self.found = phase._sampler, []
-        phase._schedule = InTurn(self.one_round)
-
-    def one_round(self, *args):
-        rounds = self._sampler.one_round(*args)
-        self.found += rounds
-        return rounds
-
-    def __call__(self, *args):
-        self.found.append(self._sampler(*args))
-        return self.found[-1]
-
-    def __getattr__(self, name):
-        return getattr(self._sampler, name)
-
-
 def both(phase, params, rollouts):
     """Logits [N, V] of teacher and student where the sampled tokens are predicted, each completion
     in a row of its own, shifted by hand; the tokens [N]; their log-probs as sampled."""
@@ -105,11 +85,11 @@ def both(phase, params, rollouts):
 def test_the_loss_and_what_is_measured_by_hand(world, kind, group):
     phase = make(world, kind, rollout={"temperature": 0.8, "group_size": group})
     state, records = phase.init(jax.random.PRNGKey(3)), phase.records()
-    phase._sampler = Kept(phase)
+    kept = rl.Kept(phase)
     state, collected = phase.collect(state, records)
     (batch,) = collected.batches
     params = jax.device_get(state.params)
-    teachers, students, targets, logps = both(phase, params, phase._sampler.found[0])
+    teachers, students, targets, logps = both(phase, params, kept.found[0])
     assert len(targets) == np.asarray(batch["mask"]).sum() > 20
     each = range(len(targets))
     if kind["kind"] == "jsd":
@@ -126,7 +106,7 @@ def test_the_loss_and_what_is_measured_by_hand(world, kind, group):
     log_s = log_softmax(students / 0.8)
     assert step["entropy"] == pytest.approx(-(np.exp(log_s) * log_s).sum(1).mean(), rel=1e-4)
     assert step["sampling/sampling_logp_difference/max"] < 1e-4
-    teachers, students, _, _ = both(phase, params, phase._sampler.found[1])
+    teachers, students, _, _ = both(phase, params, kept.found[1])
     log_t, log_s = (log_softmax(z[:, :NUM_TOKENS]) for z in (teachers, students))
     for name in ("forward_kl", "reverse_kl"):
         mean = divergence(name, log_t, log_s).mean()
@@ -140,12 +120,12 @@ def test_a_step_moves_towards_what_the_teacher_likes_better(world):
         "learning_rate": 1e-3, "max_grad_norm": 1e9,
     })  # fmt: skip
     state, records = phase.init(jax.random.PRNGKey(3)), phase.records()
-    phase._sampler = Kept(phase)
+    kept = rl.Kept(phase)
     state, collected = phase.collect(state, records)
     (batch,) = collected.batches
     before = jax.device_get(state.params)
     state, _ = phase.step(state, batch)
-    (rollouts,) = phase._sampler.found
+    (rollouts,) = kept.found
     teachers, students, targets, _ = both(phase, before, rollouts)
     after = both(phase, jax.device_get(state.params), rollouts)[1]
     each = range(len(targets))
@@ -254,11 +234,11 @@ def test_resuming_is_never_having_stopped(world, tmp_path, kind):
 
 def test_what_was_cut_is_trained_on_and_said(world):
     phase = make(world, rollout={"max_tokens": 1})
-    phase._sampler = Kept(phase)
+    kept = rl.Kept(phase)
     state = phase.init(jax.random.PRNGKey(0))
     _, collected = phase.collect(state, phase.records())
     (batch,) = collected.batches
-    (found,) = phase._sampler.found
+    (found,) = kept.found
     assert (found.completions.finish_reasons == LENGTH).sum() >= 6
     assert np.asarray(batch["mask"]).sum() == 8
     (said,) = phase.diagnose({"completions/clipped_ratio": 1.0})

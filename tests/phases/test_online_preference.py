@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from alignjax.core.types import Completions, Sample, Score
-from alignjax.phases.disaggregated import InTurn
 from alignjax.phases.online_preference import OnlinePreference, best_and_worst, singles
 from alignjax.phases.online_preference_config import OnlineConfig
 from alignjax.phases.preference_loss import completion_logps
@@ -15,6 +14,7 @@ from alignjax.recipes import chains
 from alignjax.rewards.rollout import Rollouts, Task
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.train.checkpoint import Checkpointer
+from tests.phases import rl
 from tests.phases.compiled import compilations
 from tests.phases.preferences import MODEL, assert_same, run
 
@@ -97,30 +97,13 @@ def test_the_best_and_the_worst_of_each_prompt():
     ]  # fmt: skip
 
 
-def keep_rollouts(phase):
-    """A list that grows with everything that the phase samples."""
-    kept, sampler = [], phase._sampler
-    phase._sampler = type("Kept", (), {
-        "__call__": lambda self, *args: kept.append(sampler(*args)) or kept[-1],
-        "__getattr__": lambda self, name: getattr(sampler, name),
-    })()  # fmt: skip
-
-    def one_round(*args):
-        rounds = sampler.one_round(*args)
-        kept.extend(rounds)
-        return rounds
-
-    phase._schedule = InTurn(one_round)
-    return kept
-
-
 def test_it_learns_to_be_rewarded_at_a_kl_that_is_measured(world):
     phase = make(world, {"dpo": {"beta": 0.1}}, rollout={"temperature": 0.8})
     state = phase.init(jax.random.PRNGKey(0))
     first = jax.device_get(state.params)
     before = phase.evaluate(state).metrics
     state, seen = run(phase, 25, state, phase.records())
-    kept = keep_rollouts(phase)
+    kept = rl.Kept(phase).found
     with compilations() as names:
         after = phase.evaluate(state).metrics
     assert names == []
@@ -147,7 +130,7 @@ def test_rows_hold_what_was_sampled(world):
     """Log-probs that were recorded while sampling are those of the rows, stop token included."""
     phase = make(world)
     state, records = phase.init(jax.random.PRNGKey(0)), phase.records()
-    kept = keep_rollouts(phase)
+    kept = rl.Kept(phase).found
     state, collected = phase.collect(state, records)
     (batch,) = collected.batches
     micro = {name: x[0] for name, x in batch.items()}
