@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from alignjax.core.precision import matmul_precision
 from alignjax.models.config import ModelConfig
+from alignjax.models.kernels.grouped import choose_grouped, grouped_dot
 from alignjax.models.layers import ACTIVATIONS, normal_param
 from alignjax.sharding.mesh import BATCH_AXES, batch_shards
 
@@ -64,10 +65,18 @@ class Experts(nnx.Module):
 
         mesh: of the arrays; None: one device.
         """
-        run = functools.partial(
-            _mix, activation=self.activation, k=self.per_token, is_normalized=self.is_normalized
+        is_split = mesh is not None and _is_split(mesh, x)
+        is_alone = mesh is None or mesh.size == 1
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        is_manual = is_alone or (is_split and mesh.shape["tensor"] == 1)
+        dot = functools.partial(
+            grouped_dot, implementation=choose_grouped(x.dtype, device, is_manual=is_manual)
         )
-        if mesh is not None and _is_split(mesh, x):
+        run = functools.partial(
+            _mix, activation=self.activation, k=self.per_token, is_normalized=self.is_normalized,
+            dot=dot,
+        )  # fmt: skip
+        if is_split:
             run = _on_each_device(run, mesh)
         kernels = (kernel[...] for kernel in (self.router, self.gate, self.up, self.down))
         return run(x, is_real, *kernels)
@@ -81,11 +90,13 @@ def _mix(
     activation: Callable[[Array], Array],
     k: int,
     is_normalized: bool,
+    dot: Callable[[Array, Array, Array], Array],
     expert_axis: str | None = None,
 ) -> tuple[Array, RouterSums]:
     """As `Experts.__call__`, of the tokens and experts of one device.
 
     Args:
+      dot: see `grouped_dot`.
       expert_axis: of the mesh, over which the experts and the rows are split.
     """
     logits = jnp.dot(x, router.astype(x.dtype), precision=matmul_precision(x.dtype))
@@ -94,14 +105,14 @@ def _mix(
     if is_normalized:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     if expert_axis is None:
-        out = _routed(x, weights, chosen, *kernels, activation=activation)
+        out = _routed(x, weights, chosen, *kernels, activation=activation, dot=dot)
     else:
         first = jax.lax.axis_index(expert_axis) * len(kernels[0])
         of_all = (
             jax.lax.all_gather(array, expert_axis, axis=0, tiled=True)
             for array in (x, weights, chosen)
         )
-        out = _routed(*of_all, *kernels, activation=activation, first=first)
+        out = _routed(*of_all, *kernels, activation=activation, dot=dot, first=first)
         out = jax.lax.psum_scatter(out, expert_axis, scatter_dimension=0, tiled=True)
 
     real = is_real[..., None].astype(jnp.float32)
@@ -116,6 +127,7 @@ def _routed(
     chosen: Array,
     *kernels: Array,
     activation: Callable[[Array], Array],
+    dot: Callable[[Array, Array, Array], Array],
     first: Array | int = 0,
 ) -> Array:
     """[B, T, D], twice [B, T, k] -> [B, T, D]: what the experts of the kernels add to each token.
@@ -124,18 +136,15 @@ def _routed(
       first: the number of the first of them; what the others would add is left out.
     """
     rows, flat = x.reshape(-1, x.shape[-1]), chosen.reshape(-1) - first
-    num_experts, precision = len(kernels[0]), matmul_precision(x.dtype)
+    num_experts = len(kernels[0])
     is_here = (flat >= 0) & (flat < num_experts)
     flat = jnp.where(is_here, flat, num_experts)  # The others come last, where no expert is.
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
 
-    def project(rows: Array, kernel: Array) -> Array:
-        return jax.lax.ragged_dot(rows, kernel.astype(rows.dtype), sizes, precision=precision)
-
     gate, up, down = kernels
     rows = rows[order // chosen.shape[-1]]
-    out = project(activation(project(rows, gate)) * project(rows, up), down)
+    out = dot(activation(dot(rows, gate, sizes)) * dot(rows, up, sizes), down, sizes)
     out = jnp.where(is_here[:, None], out[jnp.argsort(order)], 0)
     out = out.reshape(*chosen.shape, -1)
     return jnp.sum(out * weights[..., None].astype(out.dtype), axis=-2)
@@ -170,6 +179,7 @@ def _on_each_device(run: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         mesh=mesh,
         in_specs=(tokens, tokens, whole, experts, experts, experts),
         out_specs=(tokens, whole),
-        axis_names={*axes},
+        # A kernel wants all axes, the compiler those of tensor where it splits over them.
+        axis_names={*axes} if mesh.shape["tensor"] > 1 else {*mesh.axis_names},
         check_vma=False,
     )
