@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from pydantic import field_validator, model_validator
@@ -107,13 +108,29 @@ def make_mesh(
     outer = dict.fromkeys(AXES, 1) | {"data": num_slices}
     # Without splitting, 4 devices along an axis have no place on a slice of 8 x 8.
     options = {"devices": devices, "allow_split_physical_axes": True}
-    if num_slices == 1:
+    if _has_holes(devices):
+        # As the last chips of each host have: slice by slice, host by host.
+        order = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
+        placed = np.reshape(order, [*sizes.values()])
+    elif num_slices == 1:
         placed = mesh_utils.create_device_mesh([*inner.values()], **options)
     else:
         placed = mesh_utils.create_hybrid_device_mesh(
             [*inner.values()], [*outer.values()], **options
         )
     return Mesh(placed, AXES, axis_types=types)
+
+
+def _has_holes(devices: Sequence[jax.Device]) -> bool:
+    """Whether they are chips that do not fill the box around them, slice by slice."""
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        where = *getattr(device, "coords", ()), getattr(device, "core_on_chip", 0)
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(where)
+    return any(
+        len(where[0]) > 1 and len(where) != np.prod(np.ptp(where, axis=0) + 1)
+        for where in slices.values()
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -93,6 +93,21 @@ def test_an_axis_may_take_a_part_of_one_of_the_torus(num_slices):
         assert np.ptp(places, axis=0).sum() == 3  # Side by side along one axis of the torus.
 
 
+def test_chips_with_others_between_them_lie_host_by_host():
+    """The last two of the four of each host, in two slices of 4 x 4: jax would not place them."""
+    hosts = [
+        TorusChip(4 * host + i, host // 4, "tpu", "TPU v6 lite", host,
+                  coords=(2 * (host % 2) + i % 2, 2 * (host // 2 % 2) + i // 2, 0))
+        for host in range(8)
+        for i in range(4)
+    ]  # fmt: skip
+    chips = [chip for chip in hosts if chip.id % 4 >= 2]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4, tensor=2), chips[::-1])
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+    for pair in mesh.devices.reshape(-1, 2):
+        assert pair[0].process_index == pair[1].process_index
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
