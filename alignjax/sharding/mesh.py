@@ -69,8 +69,8 @@ def make_mesh(
     Args:
       name: of the config, in messages.
     Raises:
-      UserError: if the sizes do not multiply to the number of devices, or slices do not fit in
-        `data`.
+      UserError: if the sizes do not multiply to the number of devices, slices do not fit in
+        `data`, or chips of a slice do not fill a box.
     """
     devices = jax.devices() if devices is None else devices
     asked = {axis: getattr(config, axis) for axis in AXES}
@@ -98,6 +98,12 @@ def make_mesh(
             f"{name}: {parts} devices of {num_slices} slices, which would lie along data: expected "
             "as many of each; part them (rollout.devices) at the border of slices"
         )
+    if _has_holes(devices):
+        raise UserError(
+            f"{name}: {len(devices)} chips with others between them, which TPUs cannot compute on "
+            "together: expected a whole box of each slice. rollout.devices leaves one where the "
+            "hosts of a slice stand in a row; elsewhere use rollout.mesh, on all chips"
+        )
     if sizes["data"] % num_slices:
         raise UserError(
             f"{name} {_spell(asked)}: data={sizes['data']} does not divide over {num_slices} "
@@ -108,11 +114,7 @@ def make_mesh(
     outer = dict.fromkeys(AXES, 1) | {"data": num_slices}
     # Without splitting, 4 devices along an axis have no place on a slice of 8 x 8.
     options = {"devices": devices, "allow_split_physical_axes": True}
-    if _has_holes(devices):
-        # As the last chips of each host have: slice by slice, host by host.
-        order = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
-        placed = np.reshape(order, [*sizes.values()])
-    elif num_slices == 1:
+    if num_slices == 1:
         placed = mesh_utils.create_device_mesh([*inner.values()], **options)
     else:
         placed = mesh_utils.create_hybrid_device_mesh(

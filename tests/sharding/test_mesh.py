@@ -93,19 +93,27 @@ def test_an_axis_may_take_a_part_of_one_of_the_torus(num_slices):
         assert np.ptp(places, axis=0).sum() == 3  # Side by side along one axis of the torus.
 
 
-def test_chips_with_others_between_them_lie_host_by_host():
-    """The last two of the four of each host, in two slices of 4 x 4: jax would not place them."""
-    hosts = [
-        TorusChip(4 * host + i, host // 4, "tpu", "TPU v6 lite", host,
-                  coords=(2 * (host % 2) + i % 2, 2 * (host // 2 % 2) + i // 2, 0))
-        for host in range(8)
-        for i in range(4)
-    ]  # fmt: skip
-    chips = [chip for chip in hosts if chip.id % 4 >= 2]
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4, tensor=2), chips[::-1])
-    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
-    for pair in mesh.devices.reshape(-1, 2):
-        assert pair[0].process_index == pair[1].process_index
+@pytest.mark.parametrize("num_slices", [1, 2])
+def test_chips_with_others_between_them_are_refused(num_slices):
+    """The last two of the four of each host, in slices of 2 x 4 and 4 x 4: the former are a box."""
+
+    def last_of(hosts_wide, hosts_high):
+        hosts = [
+            (part, across, up)
+            for part in range(num_slices)
+            for up in range(hosts_high)
+            for across in range(hosts_wide)
+        ]
+        return [
+            TorusChip(4 * number + i, part, "tpu", "TPU v6 lite", number,
+                      coords=(2 * across + i % 2, 2 * up + i // 2, 0))
+            for number, (part, across, up) in enumerate(hosts)
+            for i in (2, 3)
+        ]  # fmt: skip
+
+    assert make_mesh(MeshConfig(data=num_slices, fsdp=-1), last_of(2, 1)).shape["fsdp"] == 4
+    with pytest.raises(UserError, match=r"^rollout.mesh: \d+ chips with others between them"):
+        make_mesh(MeshConfig(data=num_slices, fsdp=-1), last_of(2, 2), name="rollout.mesh")
 
 
 @pytest.mark.parametrize(
