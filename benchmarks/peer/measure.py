@@ -120,34 +120,48 @@ def measure(bench: Bench, name: str, task: Task, size: str, chosen: Sequence[Var
             finally:
                 worker.close()
 
+    def begin(variant: Variant, of: Library) -> Measured | None:
+        """With its warm-up behind it; None if it failed."""
+        print(f"  {variant.library} {variant.name} ...", flush=True)
+        spec = spec_of(task, size, data, models, variant)
+        label = f"{name}-{size}-{variant.library}-{variant.name.replace(' ', '-')}"
+        start = functools.partial(bench.start, of, spec, label)
+        worker = start()
+        try:
+            prepare_s, _ = worker.ready()
+            replies = [worker.run() for _ in range(WARM_UP[variant.library])]
+            return Measured(variant, start, worker, prepare_s, replies)
+        except WorkerError as error:
+            fail(variant, error)
+            worker.close()
+            return None
+
+    def finish_all() -> None:
+        """Those that wait are measured now, one by one."""
+        for waiting in live:
+            if all(again(waiting) for _ in range(bench.rounds)):
+                finish(waiting)
+        live.clear()
+
     try:
         for variant in chosen:
             of = bench.libraries[variant.library]
             if variant.missing or isinstance(of, str):
                 fail(variant, variant.missing or of)
                 continue
-            print(f"  {variant.library} {variant.name} ...", flush=True)
-            spec = spec_of(task, size, data, models, variant)
-            label = f"{name}-{size}-{variant.library}-{variant.name.replace(' ', '-')}"
-            start = functools.partial(bench.start, of, spec, label)
-            worker = start()
-            try:
-                prepare_s, _ = worker.ready()
-                replies = [worker.run() for _ in range(WARM_UP[variant.library])]
-                one = Measured(variant, start, worker, prepare_s, replies)
-            except WorkerError as error:
-                fail(variant, error)
-                worker.close()
+            one = begin(variant, of)
+            if one is None and live:
+                # It may have had no room beside those that wait.
+                alternates = False
+                finish_all()
+                one = begin(variant, of)
+            if one is None:
                 continue
             live.append(one)
             peak = max(peak, one.replies[0]["peak_bytes"])
-            if available_bytes() < 1.2 * peak:
-                # The next one might not fit beside those that wait: measured now, one by one.
+            if available_bytes() < 1.2 * peak:  # The next one might not fit either.
                 alternates = False
-                for waiting in live:
-                    if all(again(waiting) for _ in range(bench.rounds)):
-                        finish(waiting)
-                live.clear()
+                finish_all()
         for number in range(bench.rounds):
             live = [one for one in (live if number % 2 == 0 else live[::-1]) if again(one)]
         for one in live:
