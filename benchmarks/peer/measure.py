@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from peer import table
-from peer.process import Library, Worker, WorkerError, available_bytes, environment
+from peer.process import KilledError, Library, Worker, WorkerError, available_bytes, environment
 from peer.tasks import SIZES, TASKS, Task, work, write_data
 from peer.variants import Variant
 
@@ -121,7 +121,10 @@ def measure(bench: Bench, name: str, task: Task, size: str, chosen: Sequence[Var
                 worker.close()
 
     def begin(variant: Variant, of: Library) -> Measured | None:
-        """With its warm-up behind it; None if it failed."""
+        """With its warm-up behind it; None if it failed.
+
+        Raises: KilledError: if others wait, beside whom it may have had no room.
+        """
         print(f"  {variant.library} {variant.name} ...", flush=True)
         spec = spec_of(task, size, data, models, variant)
         label = f"{name}-{size}-{variant.library}-{variant.name.replace(' ', '-')}"
@@ -132,8 +135,10 @@ def measure(bench: Bench, name: str, task: Task, size: str, chosen: Sequence[Var
             replies = [worker.run() for _ in range(WARM_UP[variant.library])]
             return Measured(variant, start, worker, prepare_s, replies)
         except WorkerError as error:
-            fail(variant, error)
             worker.close()
+            if live and isinstance(error, KilledError):
+                raise
+            fail(variant, error)
             return None
 
     def finish_all() -> None:
@@ -149,9 +154,9 @@ def measure(bench: Bench, name: str, task: Task, size: str, chosen: Sequence[Var
             if variant.missing or isinstance(of, str):
                 fail(variant, variant.missing or of)
                 continue
-            one = begin(variant, of)
-            if one is None and live:
-                # It may have had no room beside those that wait.
+            try:
+                one = begin(variant, of)
+            except KilledError:
                 alternates = False
                 finish_all()
                 one = begin(variant, of)
