@@ -80,7 +80,8 @@ def together() -> Iterator[None]:
 
 def _all(own: np.ndarray) -> np.ndarray:
     """What each process has, which is of one shape in all of them: [processes, ...]."""
-    ours, default = jax.local_devices(), jax.config.jax_default_device
+    ours = jax.local_devices()
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
     place = ours.index(default) if default in ours else 0
     devices = [jax.local_devices(process)[place] for process in range(jax.process_count())]
     mesh = Mesh(np.array(devices), ("process",))

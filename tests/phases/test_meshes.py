@@ -1,5 +1,7 @@
 """Each phase that trains, on each kind of mesh: what it measures is what one device measures."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -48,7 +50,8 @@ VALUES = {
         "data": PROMPTS, "rollout": ROLLOUT, "rewards": REWARDS, "losses": {"dpo": {"beta": 0.1}},
     },
     "grpo": {
-        "data": PROMPTS, "rollout": ROLLOUT, "rewards": REWARDS, "algorithm": {"kl_coef": 0.1},
+        "data": PROMPTS, "rollout": ROLLOUT, "rewards": REWARDS,
+        "algorithm": {"kl_coef": 0.1, "num_updates": 2},
     },
     "ppo": {
         "data": PROMPTS, "rollout": ROLLOUT, "rewards": REWARDS,
@@ -104,14 +107,22 @@ def alone(world):
     return find
 
 
-def share_of_sevens(samples):
-    return [Score(s.completion.count("7") / max(1, s.num_tokens)) for s in samples]
+def of_any_two_one_is_better(samples):
+    return [Score(sum(map(ord, s.completion)) % 11 / 11) for s in samples]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("phase", VALUES)
+QUICK = {("sft", "sequence 4"), ("grpo", "tensor 8")}
+
+
+@pytest.mark.parametrize(
+    ("phase", "mesh"),
+    [
+        pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
+        for pair in itertools.product(VALUES, MESHES)
+    ],
+)
 def test_meshes_change_nothing(phase, mesh, world, alone, monkeypatch):
-    monkeypatch.setattr(scoring, "RewardPool", lambda config, **_: share_of_sevens)
+    monkeypatch.setattr(scoring, "RewardPool", lambda config, **_: of_any_two_one_is_better)
     _, expected, wanted = alone(phase)
     _, seen, texts = five_steps(phase, MESHES[mesh], 8, world)
     for found, one in zip(texts, wanted, strict=True):
@@ -119,4 +130,5 @@ def test_meshes_change_nothing(phase, mesh, world, alone, monkeypatch):
     losses = [float(update["loss"]) for _, _, updates in expected for update in updates]
     assert len(losses) >= 5 and len(set(losses)) > 1
     found = [float(update["loss"]) for _, _, updates in seen for update in updates]
-    np.testing.assert_allclose(found, losses, rtol=1e-5, atol=1e-7)
+    # Losses of RL are differences of numbers near 1, and cross 0.
+    np.testing.assert_allclose(found, losses, rtol=1e-5, atol=1e-6)
