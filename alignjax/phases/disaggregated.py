@@ -10,7 +10,7 @@ samples it again. To save what was sampled instead, each save would have to wait
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -137,7 +137,6 @@ class Ahead:
     def __init__(self, sampler: Sampler, sample: SampleFn, max_staleness: int, num_steps: int):
         self._sampler, self._sample = sampler, sample
         self._max_staleness, self._num_steps = max_staleness, num_steps
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._in_flight: deque[Job] = deque()
         self._next: tuple[int, Any] | None = None
 
@@ -174,27 +173,27 @@ class Ahead:
         self, weights: Params, records: ReadAhead, key: np.ndarray, step: int, *, version: int
     ) -> None:
         def sample() -> tuple[list[Rollouts], Position]:
-            # Keys, too, are made on a device that samples.
-            with jax.default_device(self._sampler.devices.mesh.devices.flat[0]):
-                rounds = self._sample(weights, records.ahead, key, step)
+            rounds = self._sample(weights, records.ahead, key, step)
             rounds = [dataclasses.replace(r, version=version) for r in rounds]
             return rounds, records.position()
 
         if step < self._num_steps:
-            self._in_flight.append(Job(weights, self._thread.submit(sample)))
+            self._in_flight.append(Job(weights, self._sampler.devices.submit(sample)))
 
     def _drop(self) -> None:
         for job in self._in_flight:
             job.found.cancel()
-        self._thread.submit(lambda: None).result()  # When what has begun is done.
+        self._sampler.devices.submit(lambda: None).result()  # When what has begun is done.
         self._in_flight.clear()
 
     def close(self) -> None:
         # Without its weights the sampler ends within a few tokens: a process that is to stop may
-        # have seconds, and a round of sampling minutes to go.
-        for job in self._in_flight:
-            jax.tree.map(lambda array: array.delete(), job.weights)
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        # have seconds, and a round of sampling minutes to go. Of several processes each would end
+        # at another token, and wait for the others.
+        if jax.process_count() == 1:
+            for job in self._in_flight:
+                jax.tree.map(lambda array: array.delete(), job.weights)
+        self._sampler.devices.close()
 
 
 def staleness_metrics(rounds: Sequence[Rollouts], step: int) -> dict[str, float]:

@@ -41,8 +41,9 @@ class RolloutConfig(Config):
     moved on the devices for each round, and dropped before the updates. null: as they train, or
     with `devices` whole on each of these."""
     devices: int = Field(0, ge=0)
-    """So many of the devices, the last ones, only sample (and score by models); mesh is of the
-    others, and these get the weights after each iteration. 0: all do both, in turn."""
+    """So many of the devices, the last ones (of each process as many), only sample (and score by
+    models); mesh is of the others, and these get the weights after each iteration. 0: all do both,
+    in turn."""
     max_staleness: int = Field(0, ge=0)
     """Iterations that the weights which sample are behind those which train. 0: in turn. 1: the
     `devices` sample the next iteration while the others train on this one. Each iteration takes one
@@ -69,25 +70,24 @@ class RolloutConfig(Config):
 
         Raises:
           UserError: if too few are left, or weights could not go from these to the others part by
-            part; or if there are several processes.
+            part, within each process.
         """
         if not self.devices:
             return devices
-        if jax.process_count() > 1:
-            raise UserError(
-                f"rollout.devices={self.devices}: devices that only sample are of a single process "
-                "so far: leave it out, or use one host"
-            )
-        total, rest = len(devices), len(devices) - self.devices
-        fitting = [n for n in range(1, total) if max(n, total - n) % min(n, total - n) == 0]
+        num, total = len({device.process_index for device in devices}), len(devices)
+        each = total // num
+        fitting = [n * num for n in range(1, each) if max(n, each - n) % min(n, each - n) == 0]
         if self.devices not in fitting:
             known = ", ".join(map(str, fitting)) or "none: it takes 2 devices at least"
+            processes = "" if num == 1 else f" of {num} processes"
             raise UserError(
-                f"rollout.devices={self.devices} of {total} device(s) leaves {max(rest, 0)} to "
-                "train: expected a number that divides the other, so that the weights go from "
-                f"device to device; what does: {known}"
+                f"rollout.devices={self.devices} of {total} device(s){processes} leaves "
+                f"{max(total - self.devices, 0)} to train: expected a number that divides the "
+                "other, so that the weights go from device to device, of each process as many; "
+                f"what does: {known}"
             )
-        return devices[:rest]
+        sampling = {*_last_of_each(devices, self.devices // num)}
+        return [device for device in devices if device not in sampling]
 
     def sampling_mesh(self, mesh: Mesh) -> Mesh:
         """The mesh that samples, beside the one that trains.
@@ -97,18 +97,46 @@ class RolloutConfig(Config):
           ValueError: if `mesh` has devices that should only sample.
         """
         config = MeshConfig() if self.mesh is None else self.mesh
+        training = [*mesh.devices.flat]
         if self.devices:
-            training = {*mesh.devices.flat}
-            others = [device for device in jax.devices() if device not in training]
+            others = [device for device in jax.devices() if device not in {*training}]
+            others = _last_of_each(others, self.devices // jax.process_count())
             if len(others) < self.devices:
                 raise ValueError(
                     f"a mesh of {len(training)} of {len(jax.devices())} devices leaves no "
                     f"{self.devices} to sample: make it by `RlConfig.training_mesh`"
                 )
-            return make_mesh(config, others[-self.devices :], name="rollout.mesh")
-        if self.mesh is None:
+            made = make_mesh(config, others, name="rollout.mesh")
+            order = _beside(training, [*made.devices.flat])
+        elif self.mesh is None:
             return mesh
-        made = make_mesh(config, [*mesh.devices.flat], name="rollout.mesh")
-        # In the order in which they train, so that one program can move arrays between the two.
-        devices = np.reshape([*mesh.devices.flat], made.devices.shape)
+        else:
+            made = make_mesh(config, training, name="rollout.mesh")
+            # As they train, so that one program can move arrays between the two.
+            order = training
+        devices = np.reshape(order, made.devices.shape)
         return Mesh(devices, made.axis_names, axis_types=made.axis_types)
+
+
+def _last_of_each(devices: Sequence[jax.Device], num: int) -> list[jax.Device]:
+    """The last so many of each process."""
+    found: list[jax.Device] = []
+    for process in sorted({device.process_index for device in devices}):
+        found += [device for device in devices if device.process_index == process][-num:]
+    return found
+
+
+def _beside(training: Sequence[jax.Device], sampling: Sequence[jax.Device]) -> list[jax.Device]:
+    """The devices that sample, each in the process of the one that it gets its weights from."""
+    left, found = [*sampling], []
+    for place in range(len(sampling)):
+        process = training[place * len(training) // len(sampling)].process_index
+        near = next((device for device in left if device.process_index == process), None)
+        if near is None:
+            raise UserError(
+                f"rollout.devices={len(sampling)}: with this mesh, weights would go from process "
+                "to process; use half the devices"
+            )
+        left.remove(near)
+        found.append(near)
+    return found

@@ -1,10 +1,10 @@
 """Which devices sample, and how the weights that train come to lie there."""
 
-import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 from alignjax.core.types import Params
 from alignjax.models import Model, lora
 from alignjax.phases.rollout_config import RolloutConfig
-from alignjax.sharding import moved, shardings
+from alignjax.sharding import moved, sent, shardings
+
+T = TypeVar("T")
 
 
 class RolloutDevices:
@@ -28,22 +30,38 @@ class RolloutDevices:
         """Args: mesh: of the devices that train. Raises: UserError: as `RolloutConfig`."""
         self.mesh, self.is_apart = config.sampling_mesh(mesh), config.devices > 0
         self.is_other = self.mesh != mesh
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(max_workers=1, initializer=self._begin)
+        self._ident: int | None = None
 
     def model(self, model: Model) -> Model:
         """The model, computed here."""
         return dataclasses.replace(model, mesh=self.mesh)
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """To be entered by who computes here: one thread at a time, for two could give each device
+    def run(self, function: Callable[[], T]) -> T:
+        """What the function returns, which computes here: where they are apart from those that
+        train in the one thread that does, after what it was given before."""
+        if not self.is_apart or threading.get_ident() == self._ident:
+            return function()
+        return self.submit(function).result()
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """To be run by the thread. There is one, for two could give each device, or each process,
         another order of work, in which they would wait for each other for ever."""
-        if not self.is_apart:
-            yield
-            return
-        # Small arrays would otherwise be made on a device that trains, behind what it is doing.
-        with self._lock, jax.default_device(self.mesh.devices.flat[0]):
-            yield
+
+        def run() -> T:
+            # Small arrays, such as keys, would otherwise be made on a device that trains, behind
+            # what it is doing.
+            with jax.default_device(self.mesh.local_devices[0]):
+                return function()
+
+        return self._thread.submit(run)
+
+    def close(self) -> None:
+        """Returns when the thread is done with what it has begun; it begins nothing else."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _begin(self) -> None:
+        self._ident = threading.get_ident()
 
 
 class Weights:
@@ -65,8 +83,8 @@ class Weights:
             self._frozen = self._moved(frozen, rest)
 
     def push(self, params: Params) -> Params:
-        """What trains, here. As it came where it is here already."""
-        return self._moved(params, self._trained_axes)
+        """What trains, sent here (`sharding.sent`) while others compute here."""
+        return sent(params, shardings(self._trained_axes, self._devices.mesh, params))
 
     def __call__(self, params: Params) -> Params:
         """All that the model computes with.
@@ -74,7 +92,7 @@ class Weights:
         Args:
           params: what trains of it, anywhere.
         """
-        trained = self.push(params)
+        trained = self._moved(params, self._trained_axes)
         if self._frozen is None:
             return trained
         return lora.combine(self._moved(self._frozen, self._frozen_axes), trained)

@@ -130,11 +130,12 @@ class Sampler:
         """
         tasks = [Task(p.tokens, p.example.reference, p.example.fields) for p in prompts]
         roll: Any = overlapped_rollout if self._config.rollout.score_early else rollout
-        with self.devices.in_use():
-            return roll(
+        return self.devices.run(
+            lambda: roll(
                 self._generate, self.rewards, self._policy.tokenizer, params, tasks, key, sampling,
                 prompt_len=self._config.rollout.max_prompt_tokens,
-            )  # fmt: skip
+            )
+        )  # fmt: skip
 
     def one_round(self, params: Params, records: Any, key: Array, step: int) -> list[Rollouts]:
         """A `disaggregated.SampleFn`: as many prompts as one round has."""

@@ -1,7 +1,7 @@
 """Devices in a mesh, and which axis of which array goes where."""
 
 from alignjax.sharding.mesh import MeshConfig, batch_shards, make_mesh
-from alignjax.sharding.move import moved
+from alignjax.sharding.move import moved, sent
 from alignjax.sharding.place import (
     batch_shardings,
     constrained,
@@ -24,5 +24,6 @@ __all__ = [
     "make_mesh",
     "moved",
     "put_batch",
+    "sent",
     "shardings",
 ]

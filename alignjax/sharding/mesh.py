@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from pydantic import field_validator, model_validator
@@ -68,8 +69,8 @@ def make_mesh(
     Args:
       name: of the config, in messages.
     Raises:
-      UserError: if the sizes do not multiply to the number of devices, or slices do not fit in
-        `data`.
+      UserError: if the sizes do not multiply to the number of devices, slices do not fit in
+        `data`, or chips of a slice do not fill a box.
     """
     devices = jax.devices() if devices is None else devices
     asked = {axis: getattr(config, axis) for axis in AXES}
@@ -97,6 +98,12 @@ def make_mesh(
             f"{name}: {parts} devices of {num_slices} slices, which would lie along data: expected "
             "as many of each; part them (rollout.devices) at the border of slices"
         )
+    if _has_holes(devices):
+        raise UserError(
+            f"{name}: {len(devices)} chips with others between them, which TPUs cannot compute on "
+            "together: expected a whole box of each slice. rollout.devices leaves one where the "
+            "hosts of a slice stand in a row; elsewhere use rollout.mesh, on all chips"
+        )
     if sizes["data"] % num_slices:
         raise UserError(
             f"{name} {_spell(asked)}: data={sizes['data']} does not divide over {num_slices} "
@@ -114,6 +121,18 @@ def make_mesh(
             [*inner.values()], [*outer.values()], **options
         )
     return Mesh(placed, AXES, axis_types=types)
+
+
+def _has_holes(devices: Sequence[jax.Device]) -> bool:
+    """Whether they are chips that do not fill the box around them, slice by slice."""
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        where = *getattr(device, "coords", ()), getattr(device, "core_on_chip", 0)
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(where)
+    return any(
+        len(where[0]) > 1 and len(where) != np.prod(np.ptp(where, axis=0) + 1)
+        for where in slices.values()
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:

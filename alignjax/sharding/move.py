@@ -25,19 +25,34 @@ def moved(arrays: Any, targets: Any) -> Any:
       targets: pytree like it of NamedShardings; see `rules.shardings`, with `shapes`.
     Raises:
       ValueError: if target and source share devices, but not all of them in one order, or neither
-        has a multiple of the other's number of devices.
+        has a multiple of the other's number of devices, or a part would go to another process: the
+        devices of both are paired in their order, where one has more several in a row with one.
     """
     return jax.tree.map(_moved, arrays, targets)
 
 
+def sent(arrays: Any, targets: Any) -> Any:
+    """The first half of `moved`, which computes nothing on the devices of the targets: where those
+    are more, each of them has a part of the source. `moved` takes it from there.
+
+    So somebody else may compute on them meanwhile, of several processes in an order of his own.
+    """
+    return jax.tree.map(_sent, arrays, targets)
+
+
 def _moved(x: jax.Array, target: NamedSharding) -> jax.Array:
+    arrived = _sent(x, target)
+    if arrived.sharding.is_equivalent_to(target, x.ndim):
+        return jax.device_put(arrived, target)
+    return _into(target)(arrived)
+
+
+def _sent(x: jax.Array, target: NamedSharding) -> jax.Array:
     source = x.sharding
     assert isinstance(source, NamedSharding)
-    if source.is_equivalent_to(target, x.ndim):
-        return jax.device_put(x, target)
     ours, theirs = [*source.mesh.devices.flat], [*target.mesh.devices.flat]
     if ours == theirs:
-        return _into(target)(x)
+        return x
     if not source.device_set.isdisjoint(target.device_set):
         raise ValueError(
             f"from the devices {[d.id for d in ours]} to {[d.id for d in theirs]}: expected the "
@@ -48,18 +63,32 @@ def _moved(x: jax.Array, target: NamedSharding) -> jax.Array:
             f"from {len(ours)} devices to {len(theirs)}: expected one number to be a multiple of "
             "the other"
         )
-    # `device_put` takes parts as they are; what it has to cut anew it would do on the host.
     if len(theirs) <= len(ours):
-        return jax.device_put(_into(_repeated(target, ours))(x), target)
-    return _into(target)(jax.device_put(x, _repeated(source, theirs)))
+        return _copied(_into(_repeated(target, ours))(x), target)
+    return _copied(x, _repeated(source, theirs))
+
+
+def _copied(x: jax.Array, target: NamedSharding) -> jax.Array:
+    """Its parts on other devices, in their order: each device's or, of fewer, of every so many's;
+    on more, as many times."""
+    parts = {shard.device: shard.data for shard in x.addressable_shards}
+    ours, theirs = [*x.sharding.mesh.devices.flat], [*target.mesh.devices.flat]
+    there = []
+    for place, device in enumerate(theirs):
+        origin = ours[place * len(ours) // len(theirs)]
+        if origin.process_index != device.process_index:
+            raise ValueError(f"from device {origin.id} to {device.id}, which another process has")
+        if origin in parts:
+            there.append(jax.device_put(parts[origin], device))
+    return jax.make_array_from_single_device_arrays(x.shape, target, there)
 
 
 def _repeated(sharding: NamedSharding, devices: Iterable[jax.Device]) -> NamedSharding:
-    """The sharding on a multiple of its devices: each part as many times."""
+    """The sharding on a multiple of its devices: each part as many times, on devices in a row."""
     shape = sharding.mesh.devices.shape
     mesh = Mesh(
-        np.reshape([*devices], (-1, *shape)),
-        ("copies", *sharding.mesh.axis_names),
+        np.reshape([*devices], (*shape, -1)),
+        (*sharding.mesh.axis_names, "copies"),
         axis_types=(AxisType.Auto,) * (1 + len(shape)),
     )
     return NamedSharding(mesh, sharding.spec)

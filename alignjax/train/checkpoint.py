@@ -49,6 +49,8 @@ class Checkpointer:
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -59,7 +61,12 @@ class Checkpointer:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
-                create=not read_only,
+                # Its barriers are then of the coordination service. Those on devices would wait
+                # behind devices that sample ahead, of which each process has another order.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    active_processes={*range(jax.process_count())}
+                ),
+                create=False,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
             ),
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from peer import table
-from peer.process import Library, Worker, WorkerError, available_bytes, environment
+from peer.process import KilledError, Library, Worker, WorkerError, available_bytes, environment
 from peer.tasks import SIZES, TASKS, Task, work, write_data
 from peer.variants import Variant
 
@@ -120,34 +120,53 @@ def measure(bench: Bench, name: str, task: Task, size: str, chosen: Sequence[Var
             finally:
                 worker.close()
 
+    def begin(variant: Variant, of: Library) -> Measured | None:
+        """With its warm-up behind it; None if it failed.
+
+        Raises: KilledError: if others wait, beside whom it may have had no room.
+        """
+        print(f"  {variant.library} {variant.name} ...", flush=True)
+        spec = spec_of(task, size, data, models, variant)
+        label = f"{name}-{size}-{variant.library}-{variant.name.replace(' ', '-')}"
+        start = functools.partial(bench.start, of, spec, label)
+        worker = start()
+        try:
+            prepare_s, _ = worker.ready()
+            replies = [worker.run() for _ in range(WARM_UP[variant.library])]
+            return Measured(variant, start, worker, prepare_s, replies)
+        except WorkerError as error:
+            worker.close()
+            if live and isinstance(error, KilledError):
+                raise
+            fail(variant, error)
+            return None
+
+    def finish_all() -> None:
+        """Those that wait are measured now, one by one."""
+        for waiting in live:
+            if all(again(waiting) for _ in range(bench.rounds)):
+                finish(waiting)
+        live.clear()
+
     try:
         for variant in chosen:
             of = bench.libraries[variant.library]
             if variant.missing or isinstance(of, str):
                 fail(variant, variant.missing or of)
                 continue
-            print(f"  {variant.library} {variant.name} ...", flush=True)
-            spec = spec_of(task, size, data, models, variant)
-            label = f"{name}-{size}-{variant.library}-{variant.name.replace(' ', '-')}"
-            start = functools.partial(bench.start, of, spec, label)
-            worker = start()
             try:
-                prepare_s, _ = worker.ready()
-                replies = [worker.run() for _ in range(WARM_UP[variant.library])]
-                one = Measured(variant, start, worker, prepare_s, replies)
-            except WorkerError as error:
-                fail(variant, error)
-                worker.close()
+                one = begin(variant, of)
+            except KilledError:
+                alternates = False
+                finish_all()
+                one = begin(variant, of)
+            if one is None:
                 continue
             live.append(one)
             peak = max(peak, one.replies[0]["peak_bytes"])
-            if available_bytes() < 1.2 * peak:
-                # The next one might not fit beside those that wait: measured now, one by one.
+            if available_bytes() < 1.2 * peak:  # The next one might not fit either.
                 alternates = False
-                for waiting in live:
-                    if all(again(waiting) for _ in range(bench.rounds)):
-                        finish(waiting)
-                live.clear()
+                finish_all()
         for number in range(bench.rounds):
             live = [one for one in (live if number % 2 == 0 else live[::-1]) if again(one)]
         for one in live:

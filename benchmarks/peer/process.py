@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,10 @@ REPO = WORKERS.parents[2]
 
 class WorkerError(Exception):
     """What a worker said, or the end of what it printed if it said nothing."""
+
+
+class KilledError(WorkerError):
+    """It was, as Linux does where memory is short."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,8 @@ class Worker:
         if line is None:
             code = self._process.wait()
             tail = self._log.read_text(errors="replace").strip().splitlines()[-5:]
-            raise WorkerError(f"ended with exit code {code}: " + " | ".join(tail))
+            kind = KilledError if code == -signal.SIGKILL else WorkerError
+            raise kind(f"ended with exit code {code}: " + " | ".join(tail))
         reply = json.loads(line)
         if "error" in reply:
             raise WorkerError(reply["error"])

@@ -28,6 +28,9 @@ def sft(spec, gate):
     if "dies" in how:
         print("out of memory", file=sys.stderr, flush=True)
         os._exit(7)
+    if "not_beside" in how and os.path.exists(how["not_beside"]):
+        os.remove(how["not_beside"])
+        os.kill(os.getpid(), 9)
     runs = 0
     def run():
         nonlocal runs
@@ -94,6 +97,18 @@ def test_without_memory_for_all_they_run_one_after_the_other(bench, monkeypatch)
     rows, alternates = measure.measure(bench, "sft", TASK, "T", chosen)
     assert not alternates
     assert [len(r["seconds"]["all"]) for r in rows] == [3, 3]
+
+
+def test_who_is_killed_beside_others_is_measured_alone(bench, tmp_path):
+    (tmp_path / "full").touch()
+    large = variants.Variant("tunix", "default", options={"not_beside": str(tmp_path / "full")})
+    chosen = [variants.Variant("alignjax", "float32"), large, variants.Variant("trl", "default")]
+    rows, alternates = measure.measure(bench, "sft", TASK, "T", chosen)
+    assert not alternates
+    assert [len(r["seconds"]["all"]) for r in rows] == [3, 3, 3]
+    (tmp_path / "full").touch()
+    (row,), _ = measure.measure(bench, "sft", TASK, "T", [large])
+    assert row["error"].startswith("ended with exit code -9: ")
 
 
 def test_a_slow_variant_gets_no_more_rounds_than_its_budget(bench):

@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from alignjax.core.errors import UserError
+from alignjax.phases import rollout_config
 from tests.phases import rl
 from tests.phases.rl import FakeEngine, assert_equal, config, iterations, make, write_world
 
@@ -183,22 +185,24 @@ def test_nothing_is_sampled_that_nobody_will_train_on(world, monkeypatch):
 
 def test_a_run_that_ends_does_not_wait_for_what_is_in_flight(world, monkeypatch):
     """Which would be a minute here."""
-    sampling = threading.Event()
+    calls, begun = [], threading.Event()
 
-    def endless(params, prompts, lengths, key, sampling_of):
-        if sampling.is_set():
+    def third_is_endless(params, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            begun.set()
             for _ in range(600):
                 time.sleep(0.1)
                 jax.block_until_ready(jax.tree.map(lambda x: x + 0, params))
-        return engine(params, prompts, lengths, key, sampling_of)
+        return engine(params, *args)
 
     engine = FakeEngine()
-    monkeypatch.setattr(rl.rollouts, "make_generate", lambda model, **_: endless)
+    monkeypatch.setattr(rl.rollouts, "make_generate", lambda model, **_: third_is_endless)
     phase = make(monkeypatch, world, rollout=ONE_AHEAD, algorithm=rl.WEIGHED)
     state, records = phase.init(jax.random.PRNGKey(0)), phase.records()
     state, _ = phase.collect(state, records)
-    sampling.set()
     state, _ = phase.collect(state._replace(step=state.step + 1), records)
+    assert begun.wait(60)
     start = time.monotonic()
     phase.close()
     assert time.monotonic() - start < 30
@@ -232,6 +236,30 @@ def test_configs_that_make_no_sense_are_refused(world, phase, changes, message):
 def test_devices_that_do_not_divide_are_explained(world, num, total, message):
     with pytest.raises(UserError, match=message):
         config(world, rollout={"devices": num}).training_mesh(jax.devices()[:total])
+
+
+@dataclass(frozen=True)
+class OfHost:
+    """As much of a device as says whose it is."""
+
+    id: int
+    process_index: int
+
+
+def test_each_host_has_as_many_devices_that_sample(world):
+    devices = [OfHost(i, i // 4) for i in range(8)]
+    rollout = config(world, rollout={"devices": 4}).rollout
+    training = rollout.training_devices(devices)
+    assert [device.id for device in training] == [0, 1, 4, 5]
+    sampling = [device for device in devices if device not in training]
+    # Whatever the order in which they train, each gets its weights from its own host.
+    beside = rollout_config._beside([training[i] for i in (2, 0, 3, 1)], sampling)
+    assert [device.process_index for device in beside] == [1, 0, 1, 0]
+    apart = [training[i] for i in (0, 1)], [devices[6], devices[7]]
+    with pytest.raises(UserError, match="weights would go from process to process"):
+        rollout_config._beside(*apart)
+    with pytest.raises(UserError, match=r"8 device\(s\) of 2 processes .* does: 2, 4, 6$"):
+        config(world, rollout={"devices": 3}).rollout.training_devices(devices)
 
 
 def test_a_mesh_that_does_not_fit_is_named(world, monkeypatch):

@@ -93,6 +93,29 @@ def test_an_axis_may_take_a_part_of_one_of_the_torus(num_slices):
         assert np.ptp(places, axis=0).sum() == 3  # Side by side along one axis of the torus.
 
 
+@pytest.mark.parametrize("num_slices", [1, 2])
+def test_chips_with_others_between_them_are_refused(num_slices):
+    """The last two of the four of each host, in slices of 2 x 4 and 4 x 4: the former are a box."""
+
+    def last_of(hosts_wide, hosts_high):
+        hosts = [
+            (part, across, up)
+            for part in range(num_slices)
+            for up in range(hosts_high)
+            for across in range(hosts_wide)
+        ]
+        return [
+            TorusChip(4 * number + i, part, "tpu", "TPU v6 lite", number,
+                      coords=(2 * across + i % 2, 2 * up + i // 2, 0))
+            for number, (part, across, up) in enumerate(hosts)
+            for i in (2, 3)
+        ]  # fmt: skip
+
+    assert make_mesh(MeshConfig(data=num_slices, fsdp=-1), last_of(2, 1)).shape["fsdp"] == 4
+    with pytest.raises(UserError, match=r"^rollout.mesh: \d+ chips with others between them"):
+        make_mesh(MeshConfig(data=num_slices, fsdp=-1), last_of(2, 2), name="rollout.mesh")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -6,7 +6,7 @@ import pytest
 from jax._src.array import ArrayImpl
 from jax.sharding import NamedSharding, PartitionSpec
 
-from alignjax.sharding import MeshConfig, make_mesh, moved
+from alignjax.sharding import MeshConfig, make_mesh, move, moved, sent
 from alignjax.sharding.move import _into
 
 SPECS = [("fsdp", "tensor"), ("tensor", "fsdp"), (None, "tensor"), (None, None)]
@@ -47,6 +47,31 @@ def test_the_content_is_the_same_wherever_it_goes(monkeypatch, source, target):
         np.testing.assert_array_equal(array, content)
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(shard.data, content[shard.index])
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [(4, 6), (4, 8), (2, 8)], ids=["fewer", "equal", "more"]
+)
+def test_what_is_sent_is_there_and_computes_nothing_there(monkeypatch, first, last):
+    content = np.arange(56 * 24, dtype=np.float32).reshape(56, 24)
+    here = mesh_of(0, min(4, first), fsdp=2, data=-1)
+    there = mesh_of(first, last, tensor=2, data=-1)
+    array = jax.device_put(content, NamedSharding(here, PartitionSpec("fsdp", "tensor")))
+    target = NamedSharding(there, PartitionSpec("fsdp", "tensor"))
+    programs, into = [], move._into
+
+    def note(sharding):
+        programs.append(sharding.device_set)
+        return into(sharding)
+
+    monkeypatch.setattr(move, "_into", note)
+    on_the_way = sent(array, target)
+    assert all(devices.isdisjoint(target.device_set) for devices in programs)
+    assert on_the_way.sharding.device_set == target.device_set
+    np.testing.assert_array_equal(on_the_way, content)
+    arrived = moved(on_the_way, target)
+    assert arrived.sharding == target
+    np.testing.assert_array_equal(arrived, content)
 
 
 def test_what_lies_as_it_should_is_not_copied():

@@ -70,11 +70,12 @@ def test_rows_that_do_not_divide(mesh):
 
 
 WORKER = """
-import sys, jax, numpy as np
+import sys, time, jax, numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from alignjax.core.errors import UserError
-from alignjax.core.processes import any_of, together
+from concurrent.futures import ThreadPoolExecutor
+from alignjax.core.processes import any_of, gather, together, wait_for_all
 from alignjax.sharding import MeshConfig, fetch, make_mesh, put_batch
 mesh = make_mesh(MeshConfig(data=2, fsdp=2))
 all_rows = np.array([[10, 11], [12, 13], [110, 111], [112, 113]], np.int32)
@@ -84,6 +85,19 @@ assert len(batch["x"].addressable_shards) == 2
 doubled = jax.jit(lambda batch: batch["x"] * 2 + batch["seed"])(batch)
 np.testing.assert_array_equal(fetch({"a": [doubled]})["a"][0], all_rows * 2 + 5)
 assert any_of(jax.process_index() == 1) and not any_of(False)
+def ask(word, seconds):
+    for i in range(20):
+        time.sleep(seconds)
+        text = word * (i + 1 + jax.process_index())
+        assert gather(text) == [word * (i + 1), word * (i + 2)]
+    wait_for_all(word)
+def ask_elsewhere():
+    with jax.default_device(jax.local_devices()[1]):
+        ask("b", 0.02 * jax.process_index())
+with ThreadPoolExecutor(1) as thread:
+    elsewhere = thread.submit(ask_elsewhere)
+    ask("a", 0.02 * (1 - jax.process_index()))
+    elsewhere.result()
 with together():
     pass
 try:
@@ -96,7 +110,8 @@ except UserError as error:
 
 
 def test_two_processes():
-    """Each gives all rows, and gets them back; what stops one stops both."""
+    """Each gives all rows, and gets them back; what stops one stops both; two threads ask on
+    devices of their own, each process in another order."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
