@@ -6,8 +6,10 @@
 Both take two CPU devices in one process, each of which computes in one thread, and pin it to two
 cores; a step of one device runs while the other samples. Each measurement is a process of its own.
 
-speed: seconds of an iteration of GRPO where rollouts dominate: few rows, random weights that end a
-  completion with each token alike, so that a round lasts several times as long as its mean row.
+speed: seconds of an iteration of GRPO where rollouts dominate: random weights that end a completion
+  with each token alike, so that a round lasts several times as long as its mean row. Small: 32
+  rows, which two devices sample faster than one. Large: 8 rows of a model of which decoding reads
+  all weights for each token, on however many devices.
 learn: the RL stage of configs/recipes/r1_zero.yaml from the base models of that recipe, trained
   in turn and one iteration behind, each on one device, for half its iterations.
 """
@@ -35,30 +37,36 @@ WAYS: dict[str, dict[str, Any]] = {
         "rollout": {"devices": 1, "max_staleness": 1}, "algorithm": WEIGHED,
     },
 }  # fmt: skip
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {"model": {"hidden_size": 128, "num_layers": 2, "num_heads": 4},
+              "num_prompts": 8, "micro_batches": 8},
+    "large": {"model": {"hidden_size": 768, "num_layers": 4, "num_heads": 12},
+              "num_prompts": 2, "micro_batches": 4},
+}  # fmt: skip
 STEPS = 20
 
 
-def speed(way: str, world: Path, num_steps: int) -> dict[str, Any]:
+def speed(size: str, way: str, world: Path, num_steps: int) -> dict[str, Any]:
     """In this process: seconds of each iteration, and of what the main thread waits for samples."""
     import jax
 
     from alignjax.phases.grpo import Grpo
     from alignjax.phases.grpo_config import GrpoConfig
 
-    changes = WAYS[way]
+    changes, sizes = WAYS[way], SIZES[size]
     config = GrpoConfig.model_validate({
         "phase": "grpo", "name": "speed", "output_dir": str(world),
         "tokenizer": str(world / "tokenizer"),
         "model": {"init": {
-            "hidden_size": 128, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 512,
-            "initializer_range": 0.01,
+            **sizes["model"], "max_position_embeddings": 512, "initializer_range": 0.01,
         }},
         "data": {
-            "train": str(world / "train.jsonl"), "micro_batches": 8,
+            "train": str(world / "train.jsonl"), "micro_batches": sizes["micro_batches"],
             "text": {"fields": {"prompt": "prompt", "reference": "reference"}},
         },
         "rollout": {
-            "num_prompts": 8, "group_size": 4, "max_prompt_tokens": 16, "max_tokens": 128,
+            "num_prompts": sizes["num_prompts"], "group_size": 4, "max_prompt_tokens": 16,
+            "max_tokens": 128,
             **changes.get("rollout", {}),
         },
         # All ways alike: the forward pass of the trainer, too.
@@ -94,7 +102,7 @@ def speed(way: str, world: Path, num_steps: int) -> dict[str, Any]:
     }
 
 
-def measure_speed(num_steps: int, repeats: int) -> dict[str, Any]:
+def measure_speed(size: str, num_steps: int, repeats: int) -> dict[str, Any]:
     """Each way in processes of its own, the ways after one another in each repeat."""
     from alignjax.recipes import chains
 
@@ -104,12 +112,12 @@ def measure_speed(num_steps: int, repeats: int) -> dict[str, Any]:
     found: dict[str, list[Any]] = {way: [] for way in WAYS}
     for _ in range(repeats):
         for way in WAYS:
-            command = [sys.executable, __file__, "child", way, str(world), str(num_steps)]
+            command = [sys.executable, __file__, "child", size, way, str(world), str(num_steps)]
             text = subprocess.run(
                 command, env=environment(), check=True, capture_output=True, text=True
             ).stdout
             found[way].append(json.loads(text.splitlines()[-1]))
-            print(way, found[way][-1], flush=True)
+            print(size, way, found[way][-1], flush=True)
     medians = {
         way: statistics.median(one["seconds"]["median"] for one in runs)
         for way, runs in found.items()
@@ -187,8 +195,8 @@ def environment() -> dict[str, str]:
 
 def main() -> None:
     if sys.argv[1:2] == ["child"]:
-        way, world, num_steps = sys.argv[2:]
-        print(json.dumps(speed(way, Path(world), int(num_steps))))
+        size, way, world, num_steps = sys.argv[2:]
+        print(json.dumps(speed(size, way, Path(world), int(num_steps))))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["speed", "learn"])
@@ -203,7 +211,7 @@ def main() -> None:
     os.sched_setaffinity(0, args.cores)
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
     measured = (
-        measure_speed(args.steps, args.repeats)
+        {size: measure_speed(size, args.steps, args.repeats) for size in SIZES}
         if args.what == "speed"
         else measure_learning(args.seeds)
     )
