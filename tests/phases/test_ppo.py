@@ -213,7 +213,9 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c == "one row each" else c for c in CASES]
+)
 def test_the_first_iteration_is_that_of_an_independent_one(make, world, case):
     changes = {k: dict(v) for k, v in CASES[case].items()}
     if changes.get("algorithm", {}).get("ptx_coef"):

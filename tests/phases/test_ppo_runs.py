@@ -249,7 +249,7 @@ def config_of(world, folder, **changes):
 LORA = {"path": "base", "lora": {"rank": 4}}
 
 
-@pytest.mark.parametrize("kind", ["all", "lora"])
+@pytest.mark.parametrize("kind", ["all", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(world, tmp_path, monkeypatch, kind):
     """Critic, coefficient of the KL, moments and the place in the texts included."""
     monkeypatch.setattr(scoring, "RewardPool", lambda config, **_: share_of_sevens)
