@@ -190,7 +190,10 @@ def rl_stage(recipe: Path) -> str:
 
 def environment() -> dict[str, str]:
     """Of a child."""
-    return os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(record.REPO)}
+    # Else the parts of one device's program share a pool of as many threads as there are cores, and
+    # one device in turn computes on both of them.
+    here = {"XLA_FLAGS": FLAGS, "NPROC": "1", "JAX_PLATFORMS": "cpu"}
+    return os.environ | here | {"PYTHONPATH": str(record.REPO)}
 
 
 def main() -> None:
