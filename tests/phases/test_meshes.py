@@ -10,15 +10,9 @@ from alignjax.core.types import Score
 from alignjax.phases import scoring
 from alignjax.phases.registry import PHASES
 from alignjax.recipes import sevens
+from tests.models.test_parallel import MESHES
 from tests.phases import distillation, rl
 
-MESHES = {
-    "fsdp 8": {"fsdp": -1},
-    "tensor 8": {"data": 1, "tensor": 8},
-    "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
-    "sequence 4": {"sequence": 4},
-    "expert 4": {"expert": 4},
-}
 MODEL = {"init": {
     "family": "qwen3_moe", "hidden_size": 16, "intermediate_size": 16, "num_layers": 1,
     "num_heads": 8, "num_kv_heads": 8, "head_dim": 4, "num_experts": 4, "experts_per_token": 2,
@@ -89,9 +83,9 @@ def five_steps(phase, mesh, num_devices, world):
     }  # fmt: skip
     config = PHASES[phase][0].model_validate(filled(values, world))
     running = PHASES[phase][1](config, config.training_mesh(jax.devices()[:num_devices]))
-    state, seen = rl.iterations(running, 5)
+    _, seen = rl.iterations(running, 5)
     texts = [batch["tokens"] for _, batches, _ in seen for batch in batches]
-    return state, seen, texts
+    return seen, texts
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +117,8 @@ QUICK = {("sft", "sequence 4"), ("grpo", "tensor 8")}
 )
 def test_meshes_change_nothing(phase, mesh, world, alone, monkeypatch):
     monkeypatch.setattr(scoring, "RewardPool", lambda config, **_: of_any_two_one_is_better)
-    _, expected, wanted = alone(phase)
-    _, seen, texts = five_steps(phase, MESHES[mesh], 8, world)
+    expected, wanted = alone(phase)
+    seen, texts = five_steps(phase, MESHES[mesh], 8, world)
     for found, one in zip(texts, wanted, strict=True):
         np.testing.assert_array_equal(found, one)
     losses = [float(update["loss"]) for _, _, updates in expected for update in updates]

@@ -1,20 +1,14 @@
 """Products by groups against a loop in float64; the TPU's kernel interpreted, and compiled ahead of
 time where libtpu is installed."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from alignjax.models.kernels.grouped import _tiling, choose_grouped, grouped_dot
+from tests.models.kernels.tpu import run_for_tpu
 
-REPO = Path(__file__).resolve().parents[3]
 WAYS = {"ragged": {}, "megablox": {"interpret": True}}
 
 
@@ -110,17 +104,6 @@ print(kernels(fsdp=4), kernels(fsdp=2, expert=2), kernels(fsdp=2, tensor=2))
 @pytest.mark.slow
 def test_it_compiles_for_a_tpu():
     """Three products, each with two gradients, and what remat computes again."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, which compiles for TPUs, is not installed")
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        capture_output=True, text=True, cwd=REPO, env={**os.environ, **settings},
-    )  # fmt: skip
+    done = run_for_tpu(COMPILE)
     alone, shared, split = map(int, done.stdout.split()) if done.stdout else (0, 0, -1)
     assert alone >= 9 and shared >= 9 and split == 0, done.stderr

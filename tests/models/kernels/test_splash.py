@@ -1,11 +1,6 @@
 """The TPU's kernel on a mesh, interpreted; and compiled ahead of time where libtpu is installed."""
 
 import functools
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +10,8 @@ import pytest
 from alignjax.models.kernels import attend
 from alignjax.sharding import MeshConfig, make_mesh
 from tests.models.kernels.oracle import attention, draw
+from tests.models.kernels.tpu import run_for_tpu
 
-REPO = Path(__file__).resolve().parents[3]
 PACKED = np.array([[1] * 5 + [2] * 7 + [0] * 3, [0] * 4 + [1] * 11])
 
 
@@ -91,19 +86,5 @@ print(
 
 def test_it_compiles_for_a_tpu():
     """Three kernels each: forward, by queries, by keys; twice that for two windows."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, which compiles for TPUs, is not installed")
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        env={**os.environ, **settings},
-    )
+    done = run_for_tpu(COMPILE)
     assert done.stdout.split() == ["3", "3", "6"], done.stderr
