@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -177,6 +178,26 @@ def test_the_best_of_each_peer_is_its_default_where_that_is_all_there_is(name):
     for library in ("trl", "tunix"):
         names = {v.name for v in everything if v.library == library}
         assert found[library].startswith("best" if "best" in names else "default")
+
+
+def test_only_libraries_that_a_task_needs_are_installed(monkeypatch, tmp_path):
+    def install(name, folder, also):
+        if name == "tunix":
+            raise subprocess.CalledProcessError(1, "pip")
+        return process.Library(name, "python", tmp_path)
+
+    monkeypatch.setattr(peers, "library", install)
+    everything = variants.LIBRARIES[1:]
+    args = argparse.Namespace(
+        best=False, dtypes=["float32"], peers=everything, tasks=["sft"], dir=tmp_path, also=[]
+    )
+    found = peers.installed(args)
+    assert list(found) == ["alignjax", "trl", "tunix"]
+    assert "could not be installed" in found["tunix"]
+    args.tasks = ["sft", "generate"]
+    assert list(peers.installed(args)) == ["alignjax", *everything]
+    args.peers = ["llamacpp"]
+    assert list(peers.installed(args)) == ["alignjax", "llamacpp"]
 
 
 def test_the_target_is_met_or_not():
