@@ -41,7 +41,7 @@ def programs_of(
       UserError: if the devices do not fit its meshes, or something says no shape of a model.
       NotPlannedError: if it cannot be planned.
     """
-    if not isinstance(config, RlConfig) or not config.rollout.devices:
+    if not isinstance(config, RlConfig) or not config.rollout.is_apart:
         mesh = make_mesh(config.mesh, devices)
         return mesh, PLANNED[config.phase](config, mesh, shapes)
     mesh = config.training_mesh(devices)

@@ -24,7 +24,7 @@ from alignjax.plan.scorer import Samples, Scorer
 from alignjax.plan.shapes import Shapes
 from alignjax.sharding import shardings
 
-MOVED, SENT = "moved weights", "sent weights"
+MOVED, SENT, KEPT = "moved weights", "sent weights", "kept weights"
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,13 @@ class Sampled:
         where = mesh if apart is None else apart
         return cls(config, mesh, apart, scorers_of(config.rewards, where, shapes))
 
-    @property
-    def beside(self) -> dict[str, Any]:
-        """By their roles, the parameters of scorers that lie where the policy trains."""
-        return {} if self.apart is not None else {one.role: one.params for one in self.scorers}
+    def beside(self, policy: weights.Weights) -> dict[str, Any]:
+        """By their roles, the parameters that lie where the policy trains: of scorers, or those
+        kept that sample in other processes (`phases.rollout_devices.Weights.kept`)."""
+        if self.apart is None:
+            return {one.role: one.params for one in self.scorers}
+        limits = self.config.rollout
+        return {KEPT: (policy.params,) * limits.max_staleness} if limits.processes else {}
 
     def programs(self, policy: weights.Weights, resident: dict[str, Any]) -> list[Program]:
         """Of an iteration: what moves the weights, samples and scores.

@@ -56,7 +56,7 @@ def grpo(config: GrpoConfig, mesh: Mesh, shapes: Shapes, apart: Mesh | None = No
         mesh,
         reference=reference if algorithm.reference_every else None,
     )
-    beside = {REFERENCE: reference, **sampled.beside}
+    beside = {REFERENCE: reference, **sampled.beside(policy)}
     resident = {PARAMS: policy.params, OPTIMIZER: state.opt_state, FROZEN: frozen, **beside}
     layout = Rows.shared_where(config, mesh)
     found = sampled.programs(policy, resident)
@@ -104,7 +104,7 @@ def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes, apart: Mesh | None = None
         PARAMS: policy.params,
         CRITIC: critic_params,
         REFERENCE: policy.params if frozen is None else None,
-        **sampled.beside,
+        **sampled.beside(policy),
     }
     resident = {**beside, OPTIMIZER: state.opt_state, FROZEN: frozen}
     layout = Rows.of(config, mesh)

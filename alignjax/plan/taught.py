@@ -102,12 +102,12 @@ def online_distill(
         OPTIMIZER: state.opt_state,
         FROZEN: policy.frozen,
         TEACHER: teacher.params,
-        **sampled.beside,
+        **sampled.beside(policy),
     }
     temperature, layout = config.rollout.temperature, Rows.of(config, mesh)
     found = sampled.programs(policy, resident)
     batch = weights.batch(rows_of(layout, "old_logps"), mesh)
-    beside = {TEACHER: teacher.params, **sampled.beside}
+    beside = {TEACHER: teacher.params, **sampled.beside(policy)}
     if config.divergence.kind == "sampled_reverse_kl":
         logps: Any = make_logps(teacher.model, mesh, temperature=temperature)
         rows = batch
@@ -146,7 +146,7 @@ def online_preference(
     optimizer = make_optimizer(config.optimizer, config.loop.steps * times)
     learner: Any = Learner(config, policy, optimizer, mesh, shared_prompt=data.shared_prompt)
     state = weights.train_state(policy.params, optimizer, mesh, extra=learner.first_extra())
-    beside = sampled.beside
+    beside = sampled.beside(policy)
     reads, takes = config.objective.reads_reference, config.objective.takes
     scorer, reference, role = reference_of(config, learner, policy, mesh, shapes)
     if reads and role == PARAMS:

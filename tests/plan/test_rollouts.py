@@ -6,6 +6,7 @@ import pytest
 from alignjax.core.errors import UserError
 from alignjax.models import lora
 from alignjax.phases.common import Policy
+from alignjax.phases.rollout_config import RolloutConfig
 from alignjax.phases.rollout_devices import RolloutDevices, Weights
 from alignjax.plan import memory
 from alignjax.plan.phases import programs_of
@@ -21,10 +22,10 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def config_with(world, devices, staleness=0, mesh=None, **changes):
+def config_with(world, devices, staleness=0, mesh=None, processes=0, **changes):
     rollout = {
         "num_prompts": 12, "group_size": 4, "max_prompt_tokens": 20, "max_tokens": 40,
-        "devices": devices, "max_staleness": staleness, "mesh": mesh,
+        "devices": devices, "processes": processes, "max_staleness": staleness, "mesh": mesh,
     }  # fmt: skip
     algorithm = {"old_logps": "trainer", "importance_cap": 2.0}
     return config_of(
@@ -50,7 +51,7 @@ def test_weights_lie_as_planned(world, devices, layout, is_lora):
     policy = Policy(config, config.training_mesh())
     params = policy.init(jax.random.PRNGKey(0))
     real = Weights(policy.model, policy.frozen, RolloutDevices(config.rollout, mesh))
-    sent = real.push(params)
+    sent = real.push(params).result()
     whole, resident = real(sent), programs["prefill"].resident
     if devices == 6:
         moved, kept = resident["moved weights"], resident["sent weights"]
@@ -93,6 +94,18 @@ def test_each_kind_of_device_has_what_is_its_own(world):
     _, ahead, later = planned(config_with(world, 4, 2))
     assert ahead.is_ahead and "the longer of both" in ahead.notes[-1]
     assert memory.tree_bytes(later["prefill"].resident["moved weights"]) == 3 * sizes[0]
+
+
+def test_processes_that_train_keep_what_samples_elsewhere(world, monkeypatch):
+    half = staticmethod(lambda devices: devices[:4])
+    monkeypatch.setattr(RolloutConfig, "training_devices", half)
+    _, _, near = planned(config_with(world, 4, 1))
+    mesh, _, far = planned(config_with(world, 0, 1, processes=1))
+    assert {*mesh.devices.flat} == {*jax.devices()[:4]}
+    (kept,) = far[STEP].resident["kept weights"]
+    assert memory.tree_bytes(kept) == memory.tree_bytes(far[STEP].resident[PARAMS])
+    assert "kept weights" not in near[STEP].resident
+    assert far["prefill"].resident.keys() == near["prefill"].resident.keys()
 
 
 def test_devices_that_do_not_fit(world):
