@@ -1,6 +1,7 @@
 """An iteration of PPO against an independent one, sequence by sequence in float64: samples and
 rewards are made up. The whole with a real sampler is in test_ppo_runs.py."""
 
+import functools
 import json
 import math
 
@@ -105,31 +106,43 @@ WIDTH = 24
 # --- the independent one ------------------------------------------------------------------------
 
 
-def alone(ids):
-    """Tokens, segments and positions of a row with nothing else in it."""
-    row = np.zeros((1, WIDTH), np.int32)
-    row[0, : len(ids)] = ids
-    at = np.arange(WIDTH, dtype=np.int32)[None]
-    return row, (at < len(ids)).astype(np.int32), at
+def alone(*texts):
+    """Tokens, segments and positions of rows, each with one text and nothing else in it."""
+    rows = np.zeros((len(texts), WIDTH), np.int32)
+    for row, ids in zip(rows, texts, strict=True):
+        row[: len(ids)] = ids
+    at = np.broadcast_to(np.arange(WIDTH, dtype=np.int32), rows.shape)
+    return rows, (at < np.array([[len(ids)] for ids in texts])).astype(np.int32), at
 
 
-def logps_of(model, params, ids, temperature):
-    """Log-probs of ids[1:], alone in a row."""
-    row, segments, positions = alone(ids)
-    hidden, _ = model.apply(params, row, segments, positions)
-    logp = jax.nn.log_softmax(model.logits(params, hidden)[0] / temperature)
-    return jnp.take_along_axis(logp[:-1], row[0, 1:, None], 1)[: len(ids) - 1, 0]
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_of(model, params, *rows):
+    return model.apply(params, *rows)[0]
 
 
-def values_before(phase, params, ids):
-    """Values of the states in which ids[1:] were chosen: each is read at the token before."""
+@functools.partial(jax.jit, static_argnums=0)
+def logps_in(model, params, temperature, *rows):
+    logits = model.logits(params, hidden_of(model, params, *rows))
+    logp = jax.nn.log_softmax(logits[:, :-1] / temperature)
+    return jnp.take_along_axis(logp, rows[0][:, 1:, None], 2)[..., 0]
+
+
+def logps_of(model, params, texts, temperature):
+    """[N, WIDTH - 1]: log-probs of the tokens after the first, and more than a text has."""
+    return logps_in(model, params, temperature, *alone(*texts))
+
+
+def values_before(phase, params, texts):
+    """[N, WIDTH]: values of the states in which the tokens after the first were chosen, and more:
+    each is read at the token before."""
     if "value_head" in params:
-        hidden, _ = phase._policy.model.apply(params["policy"], *alone(ids))
+        hidden = hidden_of(phase._policy.model, params["policy"], *alone(*texts))
         head, offset = params["value_head"], 0.0
     else:
-        hidden, _ = phase._critic._model.decoder.apply(params["critic"]["decoder"], *alone(ids))
+        decoder = phase._critic._model.decoder
+        hidden = hidden_of(decoder, params["critic"]["decoder"], *alone(*texts))
         head, offset = params["critic"]["head"], 0.3 / 0.5  # As rm/reward.json has it.
-    return (hidden[0].astype(jnp.float32) @ head["kernel"] - offset)[: len(ids) - 1]
+    return hidden.astype(jnp.float32) @ head["kernel"] - offset
 
 
 def f64(x):
@@ -169,9 +182,11 @@ def independent_loss(phase, params, sequences, texts, xp=jnp):
     model = phase._policy.model
     cast = f64 if xp is np else lambda x: x
     policy, value, num = 0.0, 0.0, 0
-    for s in sequences:
-        new = cast(logps_of(model, params["policy"], s["ids"], temperature))[s["P"] - 1 :]
-        v = cast(values_before(phase, params, s["ids"]))[s["P"] - 1 :]
+    every = [s["ids"] for s in sequences]
+    logps = cast(logps_of(model, params["policy"], every, temperature))
+    values = cast(values_before(phase, params, every))
+    for i, s in enumerate(sequences):
+        new, v = logps[i, s["span"]], values[i, s["span"]]
         ratio = xp.exp(new - s["old"])
         clipped = xp.clip(ratio, 1 - algorithm.clip_low, 1 + algorithm.clip_high)
         one = xp.maximum(-ratio * s["adv"], -clipped * s["adv"])
@@ -182,9 +197,10 @@ def independent_loss(phase, params, sequences, texts, xp=jnp):
         value += 0.5 * xp.sum(xp.maximum((v - s["ret"]) ** 2, (near - s["ret"]) ** 2))
         num += len(s["old"])
     nll, num_targets = 0.0, 0
-    for ids, mask in texts:
-        logps = cast(logps_of(model, params["policy"], ids, 1.0))
-        nll -= xp.sum(xp.where(mask[1:], logps, 0.0))
+    if texts:
+        logps = cast(logps_of(model, params["policy"], [ids for ids, _ in texts], 1.0))
+    for i, (ids, mask) in enumerate(texts):
+        nll -= xp.sum(xp.where(mask[1:], logps[i, : len(ids) - 1], 0.0))
         num_targets += mask.sum()
     parts = policy / num, value / num, nll / max(num_targets, 1)
     return parts[0] + algorithm.value_coef * parts[1] + algorithm.ptx_coef * parts[2], *parts
@@ -233,17 +249,17 @@ def test_the_first_iteration_is_that_of_an_independent_one(make, world, case):
     prompts = next(phase._sampler.records())
     state, collected = phase.collect(state, records)
 
+    every = [np.concatenate([prompts[i].tokens, TOKENS[i, : LENGTHS[i]]]) for i in range(8)]
+    ref = f64(logps_of(phase._policy.model, params["policy"], every, temperature))
+    values = f64(values_before(phase, params, every))
     sequences = []
-    for i, reward in enumerate(REWARDS):
+    for i, (ids, reward) in enumerate(zip(every, REWARDS, strict=True)):
         if reward is None:
             continue
-        ids = np.concatenate([prompts[i].tokens, TOKENS[i, : LENGTHS[i]]])
-        P = len(prompts[i].tokens)
+        span = slice(len(prompts[i].tokens) - 1, len(ids) - 1)
         sequences.append({
-            "ids": ids, "P": P, "old": f64(LOGPS[i, : LENGTHS[i]]),
-            "ref": f64(logps_of(phase._policy.model, params["policy"], ids, temperature))[P - 1 :],
-            "v": f64(values_before(phase, params, ids))[P - 1 :],
-            "score": reward - (0.4 if LENGTHS[i] == 8 else 0.0),
+            "ids": ids, "span": span, "old": f64(LOGPS[i, : LENGTHS[i]]), "ref": ref[i, span],
+            "v": values[i, span], "score": reward - (0.4 if LENGTHS[i] == 8 else 0.0),
         })  # fmt: skip
     chain(algorithm, sequences)
     assert np.std(np.concatenate([s["v"] for s in sequences])) > 0.05

@@ -1,6 +1,7 @@
 """Rewards of functions and of reward models: what is scored where, normalised, joined, refused."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -62,11 +63,19 @@ def samples(num=40, longest=70, seed=0):
     return found
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def values_of(model, *args):
+    return model.apply(*args)
+
+
 def alone(model, params, sample):
-    """The score of one text in a row of its own, without padding, in float64 NumPy of its value."""
-    ids = np.concatenate([sample.prompt_ids, sample.completion_ids])[None]
-    values = model.apply(params, ids, np.ones_like(ids), np.arange(ids.size, dtype=np.int32)[None])
-    return float(np.asarray(values, np.float64)[0, -1])
+    """The score of one text in a row of its own, in float64 NumPy of its value."""
+    ids = np.concatenate([sample.prompt_ids, sample.completion_ids])
+    at = np.arange(80, dtype=np.int32)[None]  # As long for all: one program.
+    row = np.zeros_like(at)
+    row[0, : ids.size] = ids
+    found = values_of(model, params, row, (at < ids.size).astype(np.int32), at)
+    return float(np.asarray(found, np.float64)[0, ids.size - 1])
 
 
 def config(folder, **more):
