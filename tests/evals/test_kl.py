@@ -1,6 +1,5 @@
 """The KL between two models, on what one of them sampled."""
 
-import functools
 import json
 
 import jax
@@ -14,6 +13,7 @@ from alignjax.evals.run import EvalConfig, evaluate
 from alignjax.models import Model, ModelConfig, save
 from alignjax.phases.scoring import Rewards
 from alignjax.text import vocab_tokenizer
+from tests import alone
 
 TOKENS = ["<pad>", "<bos>", "<eos>", *"abcd"]
 LENGTH = {"function": "format.length", "args": {"max_tokens": 4}}
@@ -54,23 +54,12 @@ def config(root, **more):
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def logits(model, params, *row):
-    return model.logits(params, model.apply(params, *row)[0])
-
-
 def logp(model, params, sample):
-    """Of a completion in a row of its own, a token at a time, in float64 from the logits."""
+    """Of a completion in a row of its own, token by token."""
     ids = np.concatenate([sample.prompt_ids, sample.completion_ids])
-    at = np.arange(16, dtype=np.int32)[None]  # As long for all: one program.
-    row = np.zeros_like(at)
-    row[0, : ids.size] = ids
-    every = np.asarray(logits(model, params, row, (at < ids.size).astype(np.int32), at), np.float64)
-    total = 0.0
-    for t in range(len(sample.prompt_ids), ids.size):
-        z = every[0, t - 1]
-        total += z[ids[t]] - np.log(np.exp(z - z.max()).sum()) - z.max()
-    return total
+    every = alone.logps(model, params, 1.0, *alone.rows(ids, width=16))
+    logps = np.asarray(every, np.float64)[0]
+    return sum(logps[t - 1, ids[t]] for t in range(len(sample.prompt_ids), ids.size))
 
 
 def test_it_is_the_mean_log_ratio_of_what_was_sampled(root):

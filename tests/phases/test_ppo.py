@@ -1,7 +1,6 @@
 """An iteration of PPO against an independent one, sequence by sequence in float64: samples and
 rewards are made up. The whole with a real sampler is in test_ppo_runs.py."""
 
-import functools
 import json
 import math
 
@@ -24,6 +23,7 @@ from alignjax.rewards.rollout import Rollouts, Task
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.text import load_tokenizer, vocab_tokenizer
 from alignjax.train.loop import StopRunError
+from tests import alone
 
 SHAPE = {
     "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32,
@@ -106,41 +106,21 @@ WIDTH = 24
 # --- the independent one ------------------------------------------------------------------------
 
 
-def alone(*texts):
-    """Tokens, segments and positions of rows, each with one text and nothing else in it."""
-    rows = np.zeros((len(texts), WIDTH), np.int32)
-    for row, ids in zip(rows, texts, strict=True):
-        row[: len(ids)] = ids
-    at = np.broadcast_to(np.arange(WIDTH, dtype=np.int32), rows.shape)
-    return rows, (at < np.array([[len(ids)] for ids in texts])).astype(np.int32), at
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def hidden_of(model, params, *rows):
-    return model.apply(params, *rows)[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logps_in(model, params, temperature, *rows):
-    logits = model.logits(params, hidden_of(model, params, *rows))
-    logp = jax.nn.log_softmax(logits[:, :-1] / temperature)
-    return jnp.take_along_axis(logp, rows[0][:, 1:, None], 2)[..., 0]
-
-
 def logps_of(model, params, texts, temperature):
     """[N, WIDTH - 1]: log-probs of the tokens after the first, and more than a text has."""
-    return logps_in(model, params, temperature, *alone(*texts))
+    return alone.next_logps(model, params, temperature, *alone.rows(*texts, width=WIDTH))
 
 
 def values_before(phase, params, texts):
     """[N, WIDTH]: values of the states in which the tokens after the first were chosen, and more:
     each is read at the token before."""
+    rows = alone.rows(*texts, width=WIDTH)
     if "value_head" in params:
-        hidden = hidden_of(phase._policy.model, params["policy"], *alone(*texts))
+        hidden = alone.hidden(phase._policy.model, params["policy"], *rows)
         head, offset = params["value_head"], 0.0
     else:
         decoder = phase._critic._model.decoder
-        hidden = hidden_of(decoder, params["critic"]["decoder"], *alone(*texts))
+        hidden = alone.hidden(decoder, params["critic"]["decoder"], *rows)
         head, offset = params["critic"]["head"], 0.3 / 0.5  # As rm/reward.json has it.
     return hidden.astype(jnp.float32) @ head["kernel"] - offset
 
@@ -346,8 +326,8 @@ def test_a_critic_starts_as_the_reward_of_whole_texts(make, world, tmp_path):
     params = phase.init(jax.random.PRNGKey(0)).params
     ids = np.concatenate([np.array([1, 8, 9, 3], np.int32), TOKENS[1]])
     sample = Sample("p", "c", prompt_ids=ids[:4], completion_ids=ids[4:])
-    row = dict(zip(("tokens", "segment_ids", "positions"), map(jnp.asarray, alone(ids)),
-                   strict=True))  # fmt: skip
+    rows = map(jnp.asarray, alone.rows(ids, width=WIDTH))
+    row = dict(zip(("tokens", "segment_ids", "positions"), rows, strict=True))
     values = phase._critic.values(params, row, None)[0]
     (score,) = phase._sampler.rewards([sample])
     assert float(values[len(ids) - 1]) == pytest.approx(score.value, abs=1e-5)
