@@ -1,5 +1,6 @@
 """Every test runs on the CPU, seen as eight devices, with one compilation cache for all of them."""
 
+import gc
 import os
 import signal
 import sys
@@ -36,6 +37,12 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}; set ALIGNJAX_DATA to its folder")
     return folder
+
+
+def pytest_collection_finish():
+    """Looks for garbage less often: traces are many objects, and hardly any of them in cycles."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True, scope="module")
