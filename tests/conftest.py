@@ -27,7 +27,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # In the environment, so that the processes which tests start share the cache. Not in a folder that
 # other users can write to: it holds programs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax-tests"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 @pytest.fixture(scope="session")
@@ -55,25 +55,8 @@ def _forget_programs():
         sys.modules["jax"].clear_caches()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compiled_as_for_users():
     """Machine code as users get it, for tests that are about its last bits."""
-    if not flags.is_quick():
+    with flags.as_for_users():
         yield
-        return
-    import jax
-    from jax._src import compiler  # XLA reads its flags once, and jax has no options for all calls.
-
-    quick = compiler.get_compile_options
-
-    def options(*args, env_options_overrides=None, **others):
-        overrides = flags.AS_FOR_USERS | (env_options_overrides or {})
-        return quick(*args, env_options_overrides=overrides, **others)
-
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    compiler.get_compile_options = options
-    yield
-    compiler.get_compile_options = quick
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.clear_caches()
