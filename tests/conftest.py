@@ -51,7 +51,7 @@ def _forget_programs():
     gives a process 65,530: without this a worker ran out of them near the end, and died."""
     yield
     maps = Path("/proc/self/maps")
-    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 10_000:
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 5_000:
         sys.modules["jax"].clear_caches()
 
 
