@@ -1,15 +1,18 @@
 """Sampling ahead of training, on a device of its own: does it learn as well, and what does it gain?
 
-    python benchmarks/disaggregated.py speed
+    python benchmarks/disaggregated.py processes
+    python benchmarks/disaggregated.py devices
     python benchmarks/disaggregated.py learn
 
-Both take two CPU devices in one process, each of which computes in one thread, and pin it to two
-cores; a step of one device runs while the other samples. Each measurement is a process of its own.
+All take two CPU devices, each of which computes in one thread, on two cores; one of them trains
+while the other samples. Each measurement is a process of its own, or two.
 
-speed: seconds of an iteration of GRPO where rollouts dominate: random weights that end a completion
-  with each token alike, so that a round lasts several times as long as its mean row. Small: 32
-  rows, which two devices sample faster than one. Large: 8 rows of a model of which decoding reads
-  all weights for each token, on however many devices.
+processes: seconds of an iteration of GRPO where rollouts dominate, on two processes with a device
+  and a core each: random weights that end a completion with each token alike, so that a round lasts
+  several times as long as its mean row. Small: 32 rows, which two devices sample faster than one.
+  Large: 8 rows of a model of which decoding reads all weights for each token, on however many
+  devices.
+devices: the same on two devices of one process, pinned to both cores.
 learn: the RL stage of configs/recipes/r1_zero.yaml from the base models of that recipe, trained
   in turn and one iteration behind, each on one device, for half its iterations.
 """
@@ -17,6 +20,7 @@ learn: the RL stage of configs/recipes/r1_zero.yaml from the base models of that
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,15 +32,14 @@ import record
 import seeded
 
 OUT = record.RESULTS / "disaggregated.json"
-FLAGS = "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
+FLAGS = "--xla_force_host_platform_device_count={} --xla_cpu_multi_thread_eigen=false"
 WEIGHED = {"old_logps": "trainer", "importance_cap": 2.0}
 WAYS: dict[str, dict[str, Any]] = {
-    "both devices in turn": {},
-    "one samples, one trains, in turn": {"rollout": {"devices": 1}},
-    "one samples ahead, one trains": {
-        "rollout": {"devices": 1, "max_staleness": 1}, "algorithm": WEIGHED,
-    },
-}  # fmt: skip
+    "both in turn": {},
+    "one samples, one trains, in turn": {"{}": 1},
+    "one samples ahead, one trains": {"{}": 1, "max_staleness": 1},
+}
+"""What `rollout` has of what is named here: devices or processes."""
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"model": {"hidden_size": 128, "num_layers": 2, "num_heads": 4},
               "num_prompts": 8, "micro_batches": 8},
@@ -46,14 +49,17 @@ SIZES: dict[str, dict[str, Any]] = {
 STEPS = 20
 
 
-def speed(size: str, way: str, world: Path, num_steps: int) -> dict[str, Any]:
+def speed(what: str, size: str, way: str, world: Path, num_steps: int) -> dict[str, Any]:
     """In this process: seconds of each iteration, and of what the main thread waits for samples."""
     import jax
 
+    from alignjax.cli.runtime import join_processes
     from alignjax.phases.grpo import Grpo
     from alignjax.phases.grpo_config import GrpoConfig
 
-    changes, sizes = WAYS[way], SIZES[size]
+    join_processes()
+    changes = {name.format(what): value for name, value in WAYS[way].items()}
+    sizes = SIZES[size]
     config = GrpoConfig.model_validate({
         "phase": "grpo", "name": "speed", "output_dir": str(world),
         "tokenizer": str(world / "tokenizer"),
@@ -67,7 +73,7 @@ def speed(size: str, way: str, world: Path, num_steps: int) -> dict[str, Any]:
         "rollout": {
             "num_prompts": sizes["num_prompts"], "group_size": 4, "max_prompt_tokens": 16,
             "max_tokens": 128,
-            **changes.get("rollout", {}),
+            **changes,
         },
         # All ways alike: the forward pass of the trainer, too.
         "algorithm": {"kl_coef": 0.0, "preset": "dr_grpo", **WEIGHED},
@@ -102,7 +108,9 @@ def speed(size: str, way: str, world: Path, num_steps: int) -> dict[str, Any]:
     }
 
 
-def measure_speed(size: str, num_steps: int, repeats: int) -> dict[str, Any]:
+def measure_speed(
+    what: str, size: str, num_steps: int, repeats: int, cores: list[int]
+) -> dict[str, Any]:
     """Each way in processes of its own, the ways after one another in each repeat."""
     from alignjax.recipes import chains
 
@@ -112,23 +120,49 @@ def measure_speed(size: str, num_steps: int, repeats: int) -> dict[str, Any]:
     found: dict[str, list[Any]] = {way: [] for way in WAYS}
     for _ in range(repeats):
         for way in WAYS:
-            command = [sys.executable, __file__, "child", size, way, str(world), str(num_steps)]
-            text = subprocess.run(
-                command, env=environment(), check=True, capture_output=True, text=True
-            ).stdout
-            found[way].append(json.loads(text.splitlines()[-1]))
+            command = [sys.executable, __file__, "child", what, size, way]
+            found[way].append(run([*command, str(world), str(num_steps)], what, cores))
             print(size, way, found[way][-1], flush=True)
     medians = {
         way: statistics.median(one["seconds"]["median"] for one in runs)
         for way, runs in found.items()
     }
-    all_in_turn, apart, ahead = medians.values()
+    together, apart, ahead = medians.values()
     return {
         "ways": found,
         "median_seconds": medians,
         "gain_over_one_samples_one_trains": round(apart / ahead, 3),
-        "gain_over_both_in_turn": round(all_in_turn / ahead, 3),
+        "gain_over_both_in_turn": round(together / ahead, 3),
     }
+
+
+def run(command: list[str], what: str, cores: list[int]) -> Any:
+    """What the (first) process of a measurement prints last."""
+    if what == "devices":
+        places = [(cores, environment())]
+    else:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        together = {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(len(cores)),
+        }
+        places = [
+            ([core], environment(1) | together | {"JAX_PROCESS_ID": str(number)})
+            for number, core in enumerate(cores)
+        ]
+    processes = []
+    for allowed, env in places:
+        os.sched_setaffinity(0, allowed)  # The child has it from here.
+        processes.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    outputs = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        if process.returncode:
+            raise RuntimeError(errors.decode())
+    return json.loads(outputs[0][0].splitlines()[-1])
 
 
 def measure_learning(seeds: list[int]) -> dict[str, Any]:
@@ -188,21 +222,21 @@ def rl_stage(recipe: Path) -> str:
     return text
 
 
-def environment() -> dict[str, str]:
+def environment(num_devices: int = 2) -> dict[str, str]:
     """Of a child."""
     # Else the parts of one device's program share a pool of as many threads as there are cores, and
     # one device in turn computes on both of them.
-    here = {"XLA_FLAGS": FLAGS, "NPROC": "1", "JAX_PLATFORMS": "cpu"}
+    here = {"XLA_FLAGS": FLAGS.format(num_devices), "NPROC": "1", "JAX_PLATFORMS": "cpu"}
     return os.environ | here | {"PYTHONPATH": str(record.REPO)}
 
 
 def main() -> None:
     if sys.argv[1:2] == ["child"]:
-        size, way, world, num_steps = sys.argv[2:]
-        print(json.dumps(speed(size, way, Path(world), int(num_steps))))
+        what, size, way, world, num_steps = sys.argv[2:]
+        print(json.dumps(speed(what, size, way, Path(world), int(num_steps))))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "learn"])
+    parser.add_argument("what", choices=["processes", "devices", "learn"])
     parser.add_argument("--steps", type=int, default=40, help="of a measurement of speed")
     parser.add_argument("--repeats", type=int, default=3, help="of a measurement of speed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -214,12 +248,15 @@ def main() -> None:
     os.sched_setaffinity(0, args.cores)
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
     measured = (
-        {size: measure_speed(size, args.steps, args.repeats) for size in SIZES}
-        if args.what == "speed"
-        else measure_learning(args.seeds)
+        measure_learning(args.seeds)
+        if args.what == "learn"
+        else {
+            size: measure_speed(args.what, size, args.steps, args.repeats, args.cores)
+            for size in SIZES
+        }
     )
     here = {"note": args.note, "cores": len(args.cores), "xla_flags": FLAGS, **measured}
-    kept = {name: before[name] for name in ("speed", "learn") if name in before}
+    kept = {name: before[name] for name in ("processes", "devices", "learn") if name in before}
     record.write(args.out, {**kept, args.what: {**record.circumstances(), **here}})
 
 

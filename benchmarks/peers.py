@@ -1,12 +1,14 @@
-"""The same work on alignjax, TRL and Tunix, side by side in one run.
+"""The same work on alignjax, TRL, Tunix and, to generate, llama.cpp, side by side in one run.
 
     python benchmarks/peers.py                                   # everything: hours on one core
     python benchmarks/peers.py --tasks sft grpo --sizes M --rounds 2 --best
+    python benchmarks/peers.py --tasks generate_ragged --sizes S --dtypes float32
     python benchmarks/peers.py --quick                           # does everything run? Minutes
 
 Each peer runs in an environment of its own, which is made from pinned versions
-(peer/workers/requirements-*.txt); the same random weights, read from the same files; the same
-data; the same number of threads on the same cores. Before anything is timed all must have the same
+(peer/workers/requirements-*.txt; llama.cpp is compiled for the processor, by cmake and a C++
+compiler, in some minutes); the same random weights, read from the same files; the same data;
+the same number of threads on the same cores. Before anything is timed all must have the same
 logits; in each task the numbers of tokens and the first loss must agree. The first runs of each,
 which compile, count as warm-up; the others alternate between the libraries where memory suffices
 for all of them at once. What fails is shown with its error.
@@ -17,6 +19,7 @@ bytes what decoding must read over the fastest reading of memory.
 
 On a GPU, where `pip` finds the wheels:
 
+    export CMAKE_ARGS=-DGGML_CUDA=ON  # of llama.cpp
     python benchmarks/peers.py --device gpu --also tunix=jax[cuda12]==0.10.2
 
 Results are kept by task and size in results/peers.json, each with its commit: parts of the table
@@ -63,8 +66,10 @@ def arguments() -> argparse.Namespace:
 
 
 def installed(args: argparse.Namespace) -> dict[str, Library | str]:
+    """Ours, and of the peers those that some task is measured with."""
+    needed = {v.library for name in args.tasks for v in chosen(args, TASKS[name])}
     found: dict[str, Library | str] = {}
-    for name in ("alignjax", *args.peers):
+    for name in ("alignjax", *(peer for peer in args.peers if peer in needed)):
         also = [text.split("=", 1)[1] for text in args.also if text.startswith(f"{name}=")]
         try:
             found[name] = library(name, args.dir, also)

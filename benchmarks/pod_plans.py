@@ -43,6 +43,16 @@ PODS = {
     "dpo_8b_2_v6e": Pod("dpo_llama3_8b", "2x v6e:8x8", ("mesh.data=2", "data.num_prompts=256")),
     "dpo_70b_v5p": Pod("dpo_llama3_1_70b", "v5p:4x4x4"),
     "grpo_v5p": Pod("grpo_llama3_1_8b_8k", "v5p:4x4x4"),
+    "grpo_apart_v5p": Pod(
+        "grpo_llama3_1_8b_8k",
+        "v5p:2x2x16",
+        (
+            "rollout.devices=32",
+            "rollout.max_staleness=1",
+            "algorithm.old_logps=trainer",
+            "algorithm.importance_cap=2.0",
+        ),
+    ),
     "r1_zero_v5p": Pod("r1_zero_qwen2_5_32b", "v5p:4x4x8"),
     "r1_zero_2_v5p": Pod("r1_zero_qwen2_5_32b", "2x v5p:4x4x4", ("mesh.data=2",)),
     "sft_70b_32k_v5p": Pod("sft_llama3_1_70b_32k", "v5p:4x4x8", ("data.eval=null",)),
@@ -116,7 +126,9 @@ def _row(name: str, found: Mapping[str, Any], stage: Mapping[str, Any]) -> str:
     programs = stage["programs"]
     longest = max(programs, key=lambda one: one["times"] * one.get("seconds", 0.0))
     steps = [one for one in programs if one.get("utilisation") and one["name"] == "train step"]
-    mesh = ", ".join(f"{axis} {size}" for axis, size in stage["mesh"].items())
+    mesh = _axes(stage["mesh"])
+    if stage.get("sampling_mesh") is not None:
+        mesh += f"; to sample {_axes(stage['sampling_mesh'])}"
     limit = stage["limit_bytes"]
     cells = [
         PODS[name].config, found["topology"], stage["phase"], mesh,
@@ -131,6 +143,10 @@ def _row(name: str, found: Mapping[str, Any], stage: Mapping[str, Any]) -> str:
         f"{found['cpu_s']:,}" if stage is found["stages"][-1] else "",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def _axes(mesh: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.items())
 
 
 def _spelled(value: float | None, form: str) -> str:

@@ -110,10 +110,10 @@ def plan(
     from alignjax.plan import search as remedies
     from alignjax.plan.chips import CHIPS
     from alignjax.plan.measure import plan_phase
-    from alignjax.plan.phases import PLANNED
+    from alignjax.plan.phases import programs_of
+    from alignjax.plan.programs import NotPlannedError
     from alignjax.plan.report import Plan
     from alignjax.plan.topology import devices
-    from alignjax.sharding import make_mesh
     from alignjax.train.progress import Progress
 
     progress, there = Progress(), devices(topology)
@@ -121,27 +121,28 @@ def plan(
     chip = _local_chip(there, progress.note) if topology.is_local else CHIPS[topology.chip]
     found = Plan(name, str(topology), len(there), num_chips, chip, [], versions=_versions(topology))
     for stage, (config, is_planned) in stages.items():
-        if is_planned and config.phase not in PLANNED:
-            found.left_out[stage] = f"phase {config.phase} is none of {', '.join(PLANNED)}"
-        elif is_planned:
-            mesh = make_mesh(config.mesh, there)
-            try:
-                programs = PLANNED[config.phase](config, mesh, shapes)
-            except UserError as error:
-                raise UserError(f"{stage}: {error}") from error
-            one = plan_phase(stage, config.phase, programs, mesh, chip, num_chips, progress.note)
-            found.phases.append(one)
-            if not one.fits and chip is not None and search:
-                limit = one.limit_bytes or 0
-                failed = {
-                    program.name
-                    for program in one.programs
-                    if program.memory is None or program.needed_bytes > limit
-                }
-                found.remedies[stage] = remedies.search(
-                    config, there, shapes, chip, failed, progress.note
-                )
         _add_artifacts(config, shapes)
+        if not is_planned:
+            continue
+        try:
+            mesh, programs = programs_of(config, there, shapes)
+        except NotPlannedError as error:
+            found.left_out[stage] = str(error)
+            continue
+        except UserError as error:
+            raise UserError(f"{stage}: {error}") from error
+        one = plan_phase(stage, config.phase, programs, mesh, chip, num_chips, progress.note)
+        found.phases.append(one)
+        if not one.fits and chip is not None and search:
+            limit = one.limit_bytes or 0
+            failed = {
+                program.name
+                for program in one.programs
+                if program.memory is None or program.needed_bytes > limit
+            }
+            found.remedies[stage] = remedies.search(
+                config, there, shapes, chip, failed, progress.note
+            )
     jax.clear_caches()
     return found
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -55,8 +56,8 @@ def join_processes() -> None:
     prepare()  # Before anything is compiled.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**options)
-    # All devices meet now: gloo grants 30 s for that, by which processes that read files and models
-    # first may well be apart.
+    # Together from here on: gloo grants 30 s for devices to meet for the first time, by which
+    # processes may well have begun apart.
     wait_for_all("joined")
 
 
@@ -112,6 +113,10 @@ def prepare() -> None:
         root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(root / "alignjax" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # XLA has as many threads as there are cores. Devices that a CPU plays wait for each other in
+    # them, for ever where others that should come have none.
+    if played := re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
+        os.environ.setdefault("NPROC", str(max(2 * int(played[1]), os.cpu_count() or 1)))
     # Orbax logs each save in several lines; what matters of them reaches the user as an error.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:

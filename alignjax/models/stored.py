@@ -46,6 +46,10 @@ class Stored(NamedTuple):
                 f"{self.file}: tensor {self.name!r} is {dtype}; expected one of {', '.join(DTYPES)}"
             )
 
+    @property
+    def dtype(self) -> np.dtype:
+        return DTYPES[self.handle.get_slice(self.name).get_dtype()]
+
     def read(self, window: tuple[slice, ...]) -> np.ndarray:
         """A part of it: only that is read, and copied."""
         return self.handle.get_slice(self.name)[window]

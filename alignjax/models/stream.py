@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from alignjax.core.errors import UserError
 from alignjax.models.config import ModelConfig
 from alignjax.models.stored import Planned, Stored
 from alignjax.models.tensors import UNREAD, Tensor
+from alignjax.sharding.place import fetched_here
 
 if TYPE_CHECKING:
     from alignjax.core.types import Params
@@ -139,7 +139,7 @@ def read(
                 done[key] = stored.read(tuple(window))
             return done[key]
 
-        return jax.make_array_from_callback(shape, target, shard)
+        return jax.make_array_from_callback(shape, target, shard, dtype=stored.dtype)
 
     names = entry.names
     leaves, structure = jax.tree.flatten(targets)
@@ -247,7 +247,8 @@ def _get(tree: Any, path: ParamPath) -> Any:
 
 
 def to_host(array: Array) -> np.ndarray:
-    """The whole array, on every process; with several, all must call."""
-    if isinstance(array, Array) and not array.is_fully_addressable:
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
+    """The whole array, in each process that has parts of it, all of which must call; zeros in the
+    others."""
+    if isinstance(array, Array) and not array.is_fully_addressable and not array.addressable_shards:
+        return np.broadcast_to(np.zeros((), array.dtype), array.shape)
+    return fetched_here(array)

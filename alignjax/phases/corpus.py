@@ -13,6 +13,7 @@ from alignjax.core.keys import named_key
 from alignjax.data import RecordIterator, Source, TextConfig, token_rows
 from alignjax.models import Model
 from alignjax.phases.common import PhaseConfig
+from alignjax.sharding import fetch
 from alignjax.train.state import TrainState
 from alignjax.train.step import Batch, Metric, finalize, merge
 
@@ -77,8 +78,8 @@ def with_dropout(
     """The batch [M, R, T] with a `dropout_seed` [M], where the model's adapters drop inputs."""
     if model.lora is None or model.lora.dropout == 0:
         return batch
-    key = named_key(state.key, "dropout", int(state.step))
-    seeds = jax.random.bits(key, (len(batch["tokens"]),), np.uint32)
+    step, key = state.on_host()
+    seeds = jax.random.bits(named_key(key, "dropout", step), (len(batch["tokens"]),), np.uint32)
     return {**batch, "dropout_seed": np.asarray(seeds)}
 
 
@@ -93,4 +94,5 @@ def means(found: Iterable[Mapping[str, Metric]]) -> dict[str, float]:
     sums: dict[str, Metric] = {}
     for new in found:
         sums = {k: merge(sums[k], new[k]) if sums else new[k] for k in new}
-    return {f"eval/{k}": float(finalize(v)) for k, v in sums.items()}
+    values = fetch({k: finalize(v) for k, v in sums.items()})
+    return {f"eval/{k}": float(v) for k, v in values.items()}

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax import Array
 
 from alignjax.core.types import Params
 from alignjax.phases.grpo_config import RlConfig
@@ -23,7 +22,7 @@ from alignjax.phases.rollouts import Sampler
 from alignjax.rewards.rollout import Rollouts
 from alignjax.train.state import TrainState
 
-SampleFn = Callable[[Params, Any, Array, int], list[Rollouts]]
+SampleFn = Callable[[Params, Any, np.ndarray, int], list[Rollouts]]
 """What trains of the policy, records of prompts, key of the run, iteration -> its rollouts."""
 
 
@@ -60,7 +59,7 @@ class Schedule(Protocol):
 def make_schedule(config: RlConfig, sampler: Sampler, sample: SampleFn) -> Schedule:
     """Args: sample: of one iteration, by `sampler`."""
     limits = config.rollout
-    if not limits.devices:
+    if not limits.is_apart:
         return InTurn(sample)
     return Ahead(sampler, sample, limits.max_staleness, config.loop.steps)
 
@@ -80,7 +79,8 @@ class InTurn:
     def __call__(
         self, state: TrainState, params: Params, records: Any
     ) -> tuple[TrainState, list[Rollouts]]:
-        return state, self._sample(params, records, state.key, int(state.step))
+        step, key = state.on_host()
+        return state, self._sample(params, records, key, step)
 
     def close(self) -> None:
         pass
@@ -126,7 +126,7 @@ class ReadAhead:
 class Job(NamedTuple):
     """An iteration that is sampled ahead."""
 
-    weights: Params
+    weights: Future[Params]
     found: Future[tuple[list[Rollouts], Position]]
 
 
@@ -141,7 +141,9 @@ class Ahead:
         self._next: tuple[int, Any] | None = None
 
     def begin(self, state: TrainState, params: Params) -> TrainState:
-        return state._replace(behaviour=(self._sampler.weights.push(params),) * self._max_staleness)
+        weights = self._sampler.weights
+        kept = weights.kept(params, weights.push(params)) if self._max_staleness else None
+        return state._replace(behaviour=(kept,) * self._max_staleness)
 
     def records(self, records: Any) -> ReadAhead:
         return ReadAhead(records)
@@ -149,15 +151,20 @@ class Ahead:
     def __call__(
         self, state: TrainState, params: Params, records: ReadAhead
     ) -> tuple[TrainState, list[Rollouts]]:
-        step, key = int(state.step), np.asarray(state.key)
+        step, key = state.on_host()
         if self._next is None or self._next[0] != step or self._next[1] is not records:
             self._restart(state.behaviour, records, key, step)
         self._next = None  # Until all has gone well.
-        pushed = self._sampler.weights.push(params)
+        weights = self._sampler.weights
+        pushed = weights.push(params)
         self._submit(pushed, records, key, step + self._max_staleness, version=step)
         rounds, records.delivered = self._in_flight.popleft().found.result()
         self._next = step + 1, records
-        return state._replace(behaviour=(*state.behaviour, pushed)[1:]), rounds
+        pushed.result()
+        if self._max_staleness:
+            kept = weights.kept(params, pushed)
+            state = state._replace(behaviour=(*state.behaviour, kept)[1:])
+        return state, rounds
 
     def _restart(
         self, behaviour: Sequence[Params], records: ReadAhead, key: np.ndarray, step: int
@@ -167,13 +174,21 @@ class Ahead:
         records.set_state(records.get_state())
         for ahead, weights in enumerate(behaviour):
             version = max(0, step + ahead - self._max_staleness)
-            self._submit(weights, records, key, step + ahead, version=version)
+            self._submit(
+                self._sampler.weights.push(weights), records, key, step + ahead, version=version
+            )
 
     def _submit(
-        self, weights: Params, records: ReadAhead, key: np.ndarray, step: int, *, version: int
+        self,
+        weights: Future[Params],
+        records: ReadAhead,
+        key: np.ndarray,
+        step: int,
+        *,
+        version: int,
     ) -> None:
         def sample() -> tuple[list[Rollouts], Position]:
-            rounds = self._sample(weights, records.ahead, key, step)
+            rounds = self._sample(weights.result(), records.ahead, key, step)
             rounds = [dataclasses.replace(r, version=version) for r in rounds]
             return rounds, records.position()
 
@@ -192,7 +207,7 @@ class Ahead:
         # at another token, and wait for the others.
         if jax.process_count() == 1:
             for job in self._in_flight:
-                jax.tree.map(lambda array: array.delete(), job.weights)
+                jax.tree.map(lambda array: array.delete(), job.weights.result())
         self._sampler.devices.close()
 
 

@@ -169,7 +169,7 @@ class Grpo:
     def collect(self, state: TrainState, records: Any) -> tuple[TrainState, Collected]:
         """Samples, scores, and lays out an iteration's rollouts. Deterministic in (state, records)
         as long as the reward functions are."""
-        algorithm, step = self._config.algorithm, int(state.step)
+        algorithm, (step, _) = self._config.algorithm, state.on_host()
         if state.reference is not None and step and step % algorithm.reference_every == 0:
             state = state._replace(reference=copied(state.params))
         state, rounds = self._schedule(state, state.params, records)
@@ -353,7 +353,8 @@ class Grpo:
         prompts = self._sampler.held_out_prompts()
         if not prompts:
             return Evaluated({})
-        key = named_key(state.key, "eval", int(state.step))
+        step, key = state.on_host()
+        key = named_key(key, "eval", step)
         metrics, shown, _ = evaluate(
             self._config, self._sampling, lambda s: self._rollout(state.params, prompts, key, s)
         )

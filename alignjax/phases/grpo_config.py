@@ -222,10 +222,10 @@ class RlConfig(PhaseConfig):
                 "deterministic samples by the computation of training, which has no int8: set "
                 "rollout.int8_kv and int8_weights to false"
             )
-        if self.deterministic and (self.rollout.mesh is not None or self.rollout.devices):
+        if self.deterministic and (self.rollout.mesh is not None or self.rollout.is_apart):
             raise ValueError(
                 "deterministic samples by the computation of training, where that is: leave out "
-                "rollout.mesh and rollout.devices"
+                "rollout.mesh, rollout.devices and rollout.processes"
             )
         return self
 
@@ -257,7 +257,7 @@ class RlConfig(PhaseConfig):
         return self
 
     def training_mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """Of the devices that do not only sample (`rollout.devices`).
+        """Of the devices that do not only sample (`rollout.devices`, `rollout.processes`).
 
         Raises: UserError: if they do not fit the mesh, or none is left.
         """

@@ -5,6 +5,7 @@ one prompt; with it, the thought is sampled first. Every question is computed in
 whose length is a rung of a ladder, so that an answer does not depend on which others are asked.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ from alignjax.data.comparison_rows import pack_elements
 from alignjax.data.encode import chat_template
 from alignjax.generate import make_generate
 from alignjax.generate.engine import bucket
-from alignjax.models import load, load_eos_ids
+from alignjax.models import Model, load, load_eos_ids
 from alignjax.phases.common import score_tokens
 from alignjax.phases.comparisons import per_element, token_rows_of
 from alignjax.rewards.judge_answer import Answer, Question, Usage
@@ -72,7 +73,10 @@ class ModelAsk:
             raise UserError("judge.model: system and chat_template go with chat: true")
         self._generate = make_generate(self._model, mesh=mesh, max_rows=config.batch_size)
         self._stops = stop_ids(self._tokenizer, eos_ids=load_eos_ids(config.path))
-        self._logps = jax.jit(self._option_logps, static_argnames="num_options")
+        self._logps = jax.jit(
+            functools.partial(option_logps, self._model, batch_shards(mesh)),
+            static_argnames="num_options",
+        )
         self.specials = self._tokenizer.special_texts
         self.account = f"model {config.path}"
         self.identity = json.dumps([
@@ -191,40 +195,49 @@ class ModelAsk:
 
     def _scored(self, elements: Mapping[int, Element]) -> dict[int, tuple[float, ...]]:
         """Of each question the log-probs of its options."""
-        by_shape: dict[tuple[int, int], list[int]] = {}
+        by_shape: dict[tuple[tuple[int, int], int], list[int]] = {}
         for i, element in elements.items():
-            row_len = bucket(element.num_tokens(shared_prompt=True), smallest=_SHORTEST_ROW)
-            by_shape.setdefault((row_len, len(element.ranks)), []).append(i)
+            shape = asked_shape(element.num_tokens(shared_prompt=True), self._mesh)
+            by_shape.setdefault((shape, len(element.ranks)), []).append(i)
         found = {}
-        for (row_len, num_options), places in by_shape.items():
-            num_rows = batch_shards(self._mesh) * max(1, _ROW_TOKENS // row_len)
+        for ((num_rows, row_len), num_options), places in by_shape.items():
             for start in range(0, len(places), num_rows):
                 part = places[start : start + num_rows]
                 rows = pack_elements(
                     [elements[i] for i in part], num_rows=num_rows, row_len=row_len,
                     num_responses=num_options, shared_prompt=True, packed=False,
                 )  # fmt: skip
-                batch = put_batch({name: rows[name] for name in _ARRAYS}, self._mesh)
+                batch = put_batch({name: rows[name] for name in ARRAYS}, self._mesh)
                 logps = fetch(self._logps(self._params, batch, num_options=num_options))
                 for i, of_options in zip(part, logps[:, 0].astype(np.float64), strict=False):
                     found[i] = exclusive(elements[i].completions, of_options)
         return found
 
-    def _option_logps(self, params: Params, batch: Batch, num_options: int) -> Array:
-        """[R, 1, K] float32, nats: the summed log-probs of each option."""
-        rows = token_rows_of(batch, num_options, shared_prompt=True)
-        out = score_tokens(
-            self._model, params, rows, num_shards=batch_shards(self._mesh), with_entropy=False
-        )
-        segments = branch_segments(batch, num_options)
-        num_segments = batch["ranks"].shape[1] * num_options
-        sums = losses.sequence_logps(
-            out.logps, batch["mask"], segments, num_segments=num_segments
-        ).sums
-        return per_element(sums, batch)
+
+def option_logps(
+    model: Model, num_shards: int, params: Params, batch: Batch, num_options: int
+) -> Array:
+    """[R, 1, K] float32, nats: the summed log-probs of each option.
+
+    Args:
+      batch: R questions with their K options, one to a row, as `pack_elements` lays them out.
+    """
+    rows = token_rows_of(batch, num_options, shared_prompt=True)
+    out = score_tokens(model, params, rows, num_shards=num_shards, with_entropy=False)
+    segments = branch_segments(batch, num_options)
+    num_segments = batch["ranks"].shape[1] * num_options
+    sums = losses.sequence_logps(out.logps, batch["mask"], segments, num_segments=num_segments).sums
+    return per_element(sums, batch)
 
 
-_ARRAYS = ("tokens", "mask", "positions", "segment_ids", "branches", "ranks")
+def asked_shape(num_tokens: int, mesh: Mesh) -> tuple[int, int]:
+    """Rows, and tokens of each, that are computed at once of questions of so many tokens."""
+    row_len = bucket(num_tokens, smallest=_SHORTEST_ROW)
+    return batch_shards(mesh) * max(1, _ROW_TOKENS // row_len), row_len
+
+
+ARRAYS = ("tokens", "mask", "positions", "segment_ids", "branches", "ranks")
+"""Of `pack_elements` what `option_logps` reads."""
 
 
 def exclusive(options: Sequence[np.ndarray], logps: np.ndarray) -> tuple[float, ...]:

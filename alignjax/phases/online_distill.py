@@ -95,7 +95,7 @@ class OnlineDistill:
     def collect(self, state: TrainState, records: Any) -> tuple[TrainState, Collected]:
         """Samples, and asks the teacher where that is done before the updates. Deterministic in
         (state, records)."""
-        step, sampling = int(state.step), self._sampler.sampling
+        (step, _), sampling = state.on_host(), self._sampler.sampling
         state, (found,) = self._schedule(state, state.params, records)
         failed = self._sampler.check(found.scores)
         return state, Collected(
@@ -141,7 +141,8 @@ class OnlineDistill:
         prompts = self._sampler.held_out_prompts()
         if not prompts:
             return Evaluated({})
-        key = named_key(state.key, "eval", int(state.step))
+        step, key = state.on_host()
+        key = named_key(key, "eval", step)
         metrics, shown, rollouts = evaluate(
             self._config, self._sampler.sampling,
             lambda s: self._sampler(state.params, prompts, key, s),

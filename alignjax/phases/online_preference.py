@@ -77,7 +77,7 @@ class OnlinePreference:
 
     def collect(self, state: TrainState, records: Any) -> tuple[TrainState, Collected]:
         """Samples and scores; deterministic in (state, records) as long as the rewards are."""
-        step, sampling = int(state.step), self._sampler.sampling
+        (step, _), sampling = state.on_host(), self._sampler.sampling
         state, (found,) = self._schedule(state, state.params, records)
         failed = self._sampler.check(found.scores)
         elements, metrics = best_and_worst(found)
@@ -142,7 +142,8 @@ class OnlinePreference:
         prompts = self._sampler.held_out_prompts()
         if not prompts:
             return Evaluated({})
-        key = named_key(state.key, "eval", int(state.step))
+        step, key = state.on_host()
+        key = named_key(key, "eval", step)
         metrics, shown, rollouts = evaluate(
             self._config, self._sampler.sampling,
             lambda s: self._sampler(state.params, prompts, key, s),

@@ -171,7 +171,7 @@ class Ppo:
     def collect(self, state: TrainState, records: PpoRecords) -> tuple[TrainState, Collected]:
         """Samples, scores, and makes advantages of an iteration's rollouts. Deterministic in
         (state, records) as long as the rewards are."""
-        step, params = int(state.step), self._whole(state.params)
+        (step, _), params = state.on_host(), self._whole(state.params)
         algorithm, sampling = self._config.algorithm, self._sampler.sampling
         state, (rollouts,) = self._schedule(state, state.params["policy"], records.prompts)
         warnings = list(self._sampler.warnings) if step == 0 else []
@@ -225,7 +225,8 @@ class Ppo:
             for one, part in zip(sequences, parts, strict=True):
                 one[name] = np.where(one["mask"], part, np.float32(0))
         mean_kl = mean_sum(kl)
-        non_score = -float(kl_coef) * mean_kl
+        price = float(fetch(kl_coef))
+        non_score = -price * mean_kl
         mask = packed["mask"].reshape(found.returns.shape)
         returns, values = found.returns[mask], arrays["old_values"].reshape(mask.shape)[mask]
         return {
@@ -234,7 +235,7 @@ class Ppo:
             "objective/non_score_reward": non_score,
             "objective/scores": float(scores.mean()),
             "objective/rlhf_reward": float(scores.mean()) + non_score,
-            "kl_coef": float(kl_coef),
+            "kl_coef": price,
             "val/explained_variance": explained_variance(returns, values),
         }
 
@@ -279,7 +280,8 @@ class Ppo:
         if not prompts:
             return Evaluated({})
         params = state.params["policy"]
-        key = named_key(state.key, "eval", int(state.step))
+        step, key_of_run = state.on_host()
+        key = named_key(key_of_run, "eval", step)
         metrics, shown, rollouts = evaluate(
             config, sampling, lambda s: self._sampler(params, prompts, key, s)
         )
@@ -288,7 +290,7 @@ class Ppo:
         if (n := config.evaluation.best_of_n) and self._best_of_n is None:
             # Of the first policy, always the same: once in a process is enough.
             r = self._ref_sampler(
-                self._ref, prompts, named_key(state.key, "best_of_n"),
+                self._ref, prompts, named_key(key_of_run, "best_of_n"),
                 dataclasses.replace(sampling, num_samples=n),
             )  # fmt: skip
             self._best_of_n = best_of_n(r)

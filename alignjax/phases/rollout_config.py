@@ -44,10 +44,14 @@ class RolloutConfig(Config):
     """So many of the devices, the last ones (of each process as many), only sample (and score by
     models); mesh is of the others, and these get the weights after each iteration. 0: all do both,
     in turn."""
+    processes: int = Field(0, ge=0)
+    """So many of the processes, the last ones, only sample (and score by models); mesh is of the
+    devices of the others. Instead of `devices`, where whole hosts are to sample."""
     max_staleness: int = Field(0, ge=0)
     """Iterations that the weights which sample are behind those which train. 0: in turn. 1: the
-    `devices` sample the next iteration while the others train on this one. Each iteration takes one
-    more copy of the weights there, and in checkpoints."""
+    devices or processes sample the next iteration while the others train on this one. Each
+    iteration takes one more copy of the weights there (of `processes`, where they train), and in
+    checkpoints."""
 
     @field_validator("group_size")
     @classmethod
@@ -58,23 +62,49 @@ class RolloutConfig(Config):
 
     @model_validator(mode="after")
     def _has_devices(self) -> Self:
-        if self.max_staleness and not self.devices:
+        if self.max_staleness and not self.is_apart:
             raise ValueError(
                 f"max_staleness={self.max_staleness}: to sample while others train takes devices "
-                "of its own; give devices, or leave max_staleness out"
+                "of its own; give devices or processes, or leave max_staleness out"
+            )
+        if self.devices and self.processes:
+            raise ValueError(
+                f"devices={self.devices} of each process and processes={self.processes} as a "
+                "whole cannot both sample; give one of them"
+            )
+        if self.processes and self.max_staleness > 1:
+            # They come between two rounds of sampling, when all that is in flight is done.
+            raise ValueError(
+                f"max_staleness={self.max_staleness} with processes={self.processes}: weights that "
+                "go to another process gain nothing from more than 1"
             )
         return self
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the devices that sample do not train."""
+        return self.devices > 0 or self.processes > 0
 
     def training_devices(self, devices: Sequence[jax.Device]) -> Sequence[jax.Device]:
         """Of all devices those that train.
 
         Raises:
           UserError: if too few are left, or weights could not go from these to the others part by
-            part, within each process.
+            part, all of them within their process or none.
         """
-        if not self.devices:
+        if not self.is_apart:
             return devices
         num, total = len({device.process_index for device in devices}), len(devices)
+        if self.processes:
+            training = [d for d in devices if d.process_index < num - self.processes]
+            sizes = len(training), total - len(training)
+            if not training or max(sizes) % min(sizes):
+                raise UserError(
+                    f"rollout.processes={self.processes} of {num} process(es) leaves "
+                    f"{sizes[0]} of {total} device(s) to train: expected a number that divides "
+                    "that of the others, or is a multiple of it; and 2 processes at least"
+                )
+            return training
         each = total // num
         fitting = [n * num for n in range(1, each) if max(n, each - n) % min(n, each - n) == 0]
         if self.devices not in fitting:
@@ -98,7 +128,11 @@ class RolloutConfig(Config):
         """
         config = MeshConfig() if self.mesh is None else self.mesh
         training = [*mesh.devices.flat]
-        if self.devices:
+        if self.processes:
+            others = [device for device in jax.devices() if device not in {*training}]
+            made = make_mesh(config, others, name="rollout.mesh")
+            order = [*made.devices.flat]
+        elif self.devices:
             others = [device for device in jax.devices() if device not in {*training}]
             others = _last_of_each(others, self.devices // jax.process_count())
             if len(others) < self.devices:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from alignjax.core.types import Params
 from alignjax.models import Model, lora
 from alignjax.phases.rollout_config import RolloutConfig
-from alignjax.sharding import moved, sent, shardings
+from alignjax.sharding import copied, moved, sent, shardings
 
 T = TypeVar("T")
 
@@ -24,13 +24,15 @@ class RolloutDevices:
       mesh: of them.
       is_other: it is not the one that trains.
       is_apart: nor are its devices.
+      is_far: nor their processes.
     """
 
     def __init__(self, config: RolloutConfig, mesh: Mesh):
         """Args: mesh: of the devices that train. Raises: UserError: as `RolloutConfig`."""
-        self.mesh, self.is_apart = config.sampling_mesh(mesh), config.devices > 0
+        self.mesh, self.is_apart = config.sampling_mesh(mesh), config.is_apart
+        self.is_far = config.processes > 0
         self.is_other = self.mesh != mesh
-        self._thread = ThreadPoolExecutor(max_workers=1, initializer=self._begin)
+        self._thread = ThreadPoolExecutor(1, "rollouts", self._begin)
         self._ident: int | None = None
 
     def model(self, model: Model) -> Model:
@@ -51,7 +53,7 @@ class RolloutDevices:
         def run() -> T:
             # Small arrays, such as keys, would otherwise be made on a device that trains, behind
             # what it is doing.
-            with jax.default_device(self.mesh.local_devices[0]):
+            with jax.default_device(next(iter(self.mesh.local_devices), None)):
                 return function()
 
         return self._thread.submit(run)
@@ -80,11 +82,30 @@ class Weights:
         self._trained_axes, self._frozen_axes = trained, rest
         self._frozen = frozen
         if frozen is not None and devices.is_apart:
-            self._frozen = self._moved(frozen, rest)
+            self._frozen = devices.run(lambda: self._moved(frozen, rest))
 
-    def push(self, params: Params) -> Params:
-        """What trains, sent here (`sharding.sent`) while others compute here."""
-        return sent(params, shardings(self._trained_axes, self._devices.mesh, params))
+    def push(self, params: Params) -> Future[Params]:
+        """What trains, sent here (`sharding.sent`) while others compute here; from far it comes in
+        its turn. Nobody may compute where it is until then.
+
+        Args:
+          params: as they train, or what `kept` gave.
+        """
+
+        def send() -> Params:
+            return sent(params, shardings(self._trained_axes, self._devices.mesh, params))
+
+        if self._devices.is_far:
+            return self._devices.submit(send)
+        found: Future[Params] = Future()
+        found.set_result(send())
+        return found
+
+    def kept(self, params: Params, pushed: Future[Params]) -> Params:
+        """What a state keeps of parameters that were pushed, when they are here."""
+        here = pushed.result()
+        # A checkpoint has no arrays but those of the processes that train.
+        return copied(params) if self._devices.is_far else here
 
     def __call__(self, params: Params) -> Params:
         """All that the model computes with.

@@ -99,18 +99,27 @@ def _custom_call(computation: Computation, each: Instruction) -> float:
     operands = [buffer for name in each.operands for buffer in computation.instructions[name].shape]
     found = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", each.name)
     if found:
-        return _splash(operands, _SPLASH[found.group(1)])
+        return _splash(operands, found.group(1))
     target = each.attribute(r'custom_call_target="([^"]*)"')
     matrices = [buffer for buffer in operands if buffer.is_float and len(buffer.dims) >= 2]
     return 0.0 if target in _HARMLESS or len(matrices) < 2 else UNKNOWN
 
 
-def _splash(operands: list[Buffer], num_products: int) -> float:
+def _splash(operands: list[Buffer], kind: str) -> float:
     """Of the operands the first three-dimensional one of integers is a table [heads or 1, blocks of
-    queries, blocks of keys that one needs at most], or the other way round; the first two of floats
-    are queries [..., T, head_dim] and keys [..., S, head_dim]."""
+    queries, blocks of keys that one needs at most], or, where gradients of keys are computed,
+    [heads or 1, blocks of queries that need one at most, blocks of keys]; the first two of floats
+    are queries [..., T, head_dim] and keys [..., S, head_dim]. T is less than S where devices share
+    a row: each has then queries that see as many keys as those of all on average.
+    """
     table = next(buffer for buffer in operands if len(buffer.dims) == 3 and not buffer.is_float)
     q, k = [buffer for buffer in operands if buffer.is_float and len(buffer.dims) >= 3][:2]
-    most, num_blocks = sorted(table.dims[1:])
+    rows, columns = table.dims[1:]
+    if kind == "dkv":
+        num_blocks = columns
+        is_windowed = rows < columns * q.dims[-2] // k.dims[-2]
+        most = rows if is_windowed else num_blocks
+    else:
+        num_blocks, most = rows * k.dims[-2] // q.dims[-2], columns
     needed = sum(min(row + 1, most) for row in range(num_blocks)) / num_blocks**2
-    return 2.0 * num_products * q.size * k.dims[-2] * needed
+    return 2.0 * _SPLASH[kind] * q.size * k.dims[-2] * needed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ class Measured:
 
     Attributes:
       trace_s, compile_s: seconds on the clock; compile_cpu_s: of all processors together, both.
+      is_apart: devices run it that only sample.
       memory: while it runs; None where the compiler found no room for it.
       needed_bytes: what memory adds up to; without memory, what the compiler would have taken and
         what lies beside it.
@@ -50,6 +51,7 @@ class Measured:
     utilisation: float | None = None
     """Work of the model (`plan.work`) over what the devices could do in the time; None: not asked
     for."""
+    is_apart: bool = False
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -58,6 +60,7 @@ class Measured:
             "trace_s": round(self.trace_s, 2),
             "compile_s": round(self.compile_s, 2),
             "compile_cpu_s": round(self.compile_cpu_s, 2),
+            "is_apart": self.is_apart,
             "needed_bytes": self.needed_bytes,
         }
         if self.memory is not None:
@@ -79,7 +82,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """What a phase needs and takes."""
+    """What a phase needs and takes.
+
+    Attributes:
+      mesh: of the devices that train, or of all.
+      sampling_mesh: of devices that only sample; None: all do both.
+    """
 
     stage: str
     phase: str
@@ -93,6 +101,7 @@ class PhasePlan:
     steps: int
     num_chips: float
     notes: list[str] = field(default_factory=list)
+    sampling_mesh: dict[str, int] | None = None
 
     @property
     def needed_bytes(self) -> float:
@@ -119,6 +128,7 @@ class PhasePlan:
             "stage": self.stage,
             "phase": self.phase,
             "mesh": self.mesh,
+            "sampling_mesh": self.sampling_mesh,
             "fits": self.fits,
             "needed_bytes": self.needed_bytes,
             "limit_bytes": self.limit_bytes,
@@ -136,17 +146,20 @@ def measure(program: Program, mesh: Mesh, chip: Chip | None) -> Measured:
     """Compiles a program, and looks at what came out.
 
     Args:
+      mesh: of the devices that train.
       chip: what it is to run on; None: no time is estimated.
     Raises:
       RuntimeError: what the compiler says, unless that is that there is no room.
     """
+    mesh = mesh if program.apart is None else program.apart
     started, began = time.process_time(), time.perf_counter()
     lowered = program.lower()
     traced = time.perf_counter()
 
     def measured(needed: float, *more: Any) -> Measured:
         seconds = traced - began, ended - traced, cpu_s
-        return Measured(program.name, program.times, *seconds, needed, *more)
+        is_apart = program.apart is not None
+        return Measured(program.name, program.times, *seconds, needed, *more, is_apart=is_apart)
 
     try:
         compiled: Any = lowered.compile()
@@ -197,21 +210,39 @@ def plan_phase(
     for number, program in enumerate(programs.all, start=1):
         say(f"{stage}: compiling {program.name} ({number} of {len(programs.all)})")
         found.append(measure(program, mesh, chip))
-    seconds = None
-    if all(one.time is not None for one in found):
-        seconds = sum(one.times * one.time.seconds for one in found if one.time is not None)
+    apart = next((program.apart for program in programs.all if program.apart is not None), None)
     return PhasePlan(
         stage,
         phase,
-        {axis: size for axis, size in mesh.shape.items() if size > 1},
+        _split(mesh),
         found,
         None if chip is None or not chip.hbm_bytes else USABLE * chip.hbm_bytes,
-        seconds,
+        iteration_s(found, is_ahead=programs.is_ahead),
         programs.num_tokens,
         programs.steps,
         num_chips,
         programs.notes,
+        None if apart is None else _split(apart),
     )
+
+
+def iteration_s(programs: Sequence[Measured], *, is_ahead: bool) -> float | None:
+    """Seconds of an iteration at least: of all programs one after the other, or, ahead, of those of
+    the kind of devices, those that sample or those that train, that takes longer.
+
+    None: of one no time is known.
+    """
+    by_kind = {True: 0.0, False: 0.0}
+    for one in programs:
+        if one.time is None:
+            return None
+        by_kind[one.is_apart] += one.times * one.time.seconds
+    return max(by_kind.values()) if is_ahead else sum(by_kind.values())
+
+
+def _split(mesh: Mesh) -> dict[str, int]:
+    """The axes of a mesh that split anything."""
+    return {axis: size for axis, size in mesh.shape.items() if size > 1}
 
 
 def _summed(collectives: list[hlo.Collective]) -> list[dict[str, Any]]:

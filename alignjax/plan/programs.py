@@ -8,10 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from alignjax.core.errors import UserError
 from alignjax.core.types import Params
 from alignjax.train.state import TrainState
 from alignjax.train.step import Batch, Step
+
+
+class NotPlannedError(UserError):
+    """A phase that runs, but cannot be planned; the message says why, and names it."""
+
 
 PARAMS, OPTIMIZER, FROZEN = "parameters", "optimizer", "frozen base"
 REFERENCE, BATCH, KV, OTHER = "reference", "batch", "KV cache", "other"
@@ -31,6 +38,7 @@ class Program:
       times: how often it runs in an iteration of the loop.
       gradients: what it computes that has the shape of these: gradients, a part of its temporaries.
       model_flops: what its mathematics takes on all devices (`plan.work`); 0 where nobody asks.
+      apart: of devices that only sample, where those run it; None: those that train.
     """
 
     name: str
@@ -40,9 +48,17 @@ class Program:
     times: float = 1.0
     gradients: Any = None
     model_flops: float = 0.0
+    apart: Mesh | None = None
 
     def with_flops(self, model_flops: float) -> Program:
         return dataclasses.replace(self, model_flops=model_flops)
+
+    def on(self, apart: Mesh) -> Program:
+        return dataclasses.replace(self, apart=apart)
+
+    def called(self, name: str, times: float) -> Program:
+        """The same for somebody, so many times as often."""
+        return dataclasses.replace(self, name=f"{name}: {self.name}", times=self.times * times)
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,7 @@ class Programs:
       all: in the order of an iteration.
       num_tokens: that an iteration processes, at most: rows are taken to be full.
       steps: iterations.
+      is_ahead: devices that only sample do so while the others train; False: in turn.
       notes: what was taken for granted, in sentences.
     """
 
@@ -60,6 +77,7 @@ class Programs:
     num_tokens: float
     steps: int
     notes: list[str] = field(default_factory=list)
+    is_ahead: bool = False
 
 
 def train_step(

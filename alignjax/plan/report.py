@@ -14,6 +14,8 @@ from alignjax.plan.measure import USABLE, Measured, PhasePlan
 from alignjax.plan.search import Remedy
 
 GIB = 2.0**30
+KINDS = {False: "train", True: "sample"}
+"""Whether a program runs on devices of its own (`Measured.is_apart`) -> what these do."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Plan:
     left_out: dict[str, str] = field(default_factory=dict)
     remedies: dict[str, Remedy] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """Of what devices cost: those that are here are no chips that somebody rents out."""
+        return "device-hours" if self.topology.startswith("local") else "chip-hours"
 
     @property
     def fits(self) -> bool:
@@ -67,7 +74,7 @@ def show(plan: Plan, console: Console) -> None:
         console.print(f"\n{stage}: not planned: {why}", markup=False)
     hours = [phase.chip_hours for phase in plan.phases if phase.chip_hours is not None]
     if len(plan.phases) > 1 and len(hours) == len(plan.phases):
-        console.print(f"\nall stages: at least {_number(sum(hours))} chip-hours", markup=False)
+        console.print(f"\nall stages: at least {_number(sum(hours))} {plan.unit}", markup=False)
     if plan.chip is not None:
         console.print(
             "\nTimes are bounds: what the devices need at the peaks of the chip, if nothing else "
@@ -77,18 +84,26 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def _show_phase(phase: PhasePlan, plan: Plan, console: Console) -> None:
-    mesh = " x ".join(f"{axis} {size}" for axis, size in phase.mesh.items()) or "one device"
+    mesh, is_apart = _mesh(phase.mesh), phase.sampling_mesh is not None
+    if phase.sampling_mesh is not None:
+        mesh += f", and to sample {_mesh(phase.sampling_mesh)}"
     console.print(f"\n{phase.stage} (phase {phase.phase}): mesh {mesh}", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("program", no_wrap=True)
+    if is_apart:
+        table.add_column("devices", no_wrap=True)
     for name in ("runs", "GiB", "TFLOP", "HBM GB", "ICI GB", "DCN GB", "ms", "bound", "compile s"):
         table.add_column(name, justify="right", no_wrap=True)
     for program in phase.programs:
-        table.add_row(*_row(program))
+        name, *others = _row(program)
+        table.add_row(name, *([KINDS[program.is_apart]] if is_apart else []), *others)
     console.print(table)
-    for text in _memory(phase, plan.chip):
-        console.print(text, markup=False)
-    for text in _summary(phase):
+    for kind in (False, True):
+        programs = [program for program in phase.programs if program.is_apart == kind]
+        if programs:
+            of = f"device ({KINDS[kind]})" if is_apart else "device"
+            console.print(_memory(programs, of, phase.limit_bytes, plan.chip), markup=False)
+    for text in _summary(phase, plan.unit):
         console.print(text, markup=False)
     remedy = plan.remedies.get(phase.stage)
     console.print(f"  {_verdict(phase, remedy)}", markup=False)
@@ -119,29 +134,34 @@ def _row(program: Measured) -> list[str]:
     ]
 
 
-def _memory(phase: PhasePlan, chip: Chip | None) -> Iterable[str]:
+def _mesh(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device"
+
+
+def _memory(
+    programs: Iterable[Measured], of: str, limit_bytes: float | None, chip: Chip | None
+) -> str:
     """What the program that takes most holds on each device."""
-    largest = max(phase.programs, key=lambda program: program.needed_bytes)
-    limit = "" if phase.limit_bytes is None else f" of {phase.limit_bytes / GIB:.2f}"
-    if chip is not None and phase.limit_bytes is not None:
+    largest = max(programs, key=lambda program: program.needed_bytes)
+    limit = "" if limit_bytes is None else f" of {limit_bytes / GIB:.2f}"
+    if chip is not None and limit_bytes is not None:
         limit += f" ({USABLE:.0%} of {chip.hbm_bytes / GIB:.0f})"
     total = f"{largest.needed_bytes / GIB:.2f}{limit} GiB"
     if largest.memory is None:
-        yield f"  memory of each device in {largest.name}: {total}: the compiler found no room"
-        return
+        return f"  memory of each {of} in {largest.name}: {total}: the compiler found no room"
     parts = sorted(largest.memory.parts.items(), key=lambda part: -part[1])
     shown = [f"{name} {size / GIB:.2f}" for name, size in parts if size >= 0.005 * GIB]
     few = [f"{name} {size / 2**20:.1f} MiB" for name, size in parts[:4]]
-    yield f"  memory of each device in {largest.name}: {total}: {', '.join(shown or few)}"
+    return f"  memory of each {of} in {largest.name}: {total}: {', '.join(shown or few)}"
 
 
-def _summary(phase: PhasePlan) -> Iterable[str]:
+def _summary(phase: PhasePlan, unit: str) -> Iterable[str]:
     if phase.iteration_s is not None and phase.iteration_s > 0:
         assert phase.tokens_per_second is not None and phase.chip_hours is not None
         yield (
             f"  an iteration takes at least {_number(phase.iteration_s)} s: at most "
             f"{phase.tokens_per_second:,.0f} tokens/s; {phase.steps:,} iterations at least "
-            f"{_number(phase.chip_hours)} chip-hours"
+            f"{_number(phase.chip_hours)} {unit}"
         )
     for program in phase.programs:
         if program.utilisation is not None and program.time is not None:

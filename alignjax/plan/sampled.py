@@ -11,16 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignjax import losses
-from alignjax.core.errors import UserError
 from alignjax.losses import KlControl
 from alignjax.phases import grpo as grpo_phase
 from alignjax.phases import ppo as ppo_phase
 from alignjax.phases.critic import CRITICS, separate_values
-from alignjax.phases.grpo_config import GrpoConfig, RlConfig
+from alignjax.phases.grpo_config import GrpoConfig
 from alignjax.phases.ppo_config import PpoConfig
 from alignjax.phases.ppo_rows import with_texts
 from alignjax.phases.ppo_state import Extra
-from alignjax.phases.rollout_devices import RolloutDevices
 from alignjax.phases.rollouts import Rows
 from alignjax.plan import weights
 from alignjax.plan.programs import (
@@ -35,19 +33,17 @@ from alignjax.plan.programs import (
     Programs,
     train_step,
 )
-from alignjax.plan.responses import NOTES, Scorers, reward_models, scoring
-from alignjax.plan.sampling import sampling
+from alignjax.plan.rollouts import Sampled, longest_of, num_tokens_of
 from alignjax.plan.shapes import Shapes
 from alignjax.plan.work import forward_flops, train_flops
-from alignjax.sharding import shardings
 from alignjax.train.step import Batch
 
-CRITIC, MOVED = "critic", "moved weights"
+CRITIC = "critic"
 
 
-def grpo(config: GrpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
+def grpo(config: GrpoConfig, mesh: Mesh, shapes: Shapes, apart: Mesh | None = None) -> Programs:
     """Sampling, rewards, log-probs of the reference, and updates."""
-    check(config)
+    sampled = Sampled.of(config, mesh, apart, shapes)
     policy = weights.policy(config.model, shapes.of_source(config.model, config), mesh)
     algorithm, frozen, whole = config.algorithm, policy.frozen, policy.whole(policy.params)
     functions = grpo_phase.make_functions(config, policy.model, mesh, frozen)
@@ -60,11 +56,10 @@ def grpo(config: GrpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
         mesh,
         reference=reference if algorithm.reference_every else None,
     )
-    scorers, models = reward_models(config.rewards, mesh, shapes)
-    beside = {REFERENCE: reference, **models}
+    beside = {REFERENCE: reference, **sampled.beside(policy)}
     resident = {PARAMS: policy.params, OPTIMIZER: state.opt_state, FROZEN: frozen, **beside}
     layout = Rows.shared_where(config, mesh)
-    found = rollouts(config, policy, mesh, resident, scorers)
+    found = sampled.programs(policy, resident)
 
     def asked(name: str, function: Any, role: str, params: Any, rows: Any, times: int) -> Program:
         lower = lambda: function.lower(params, rows)  # noqa: E731
@@ -91,12 +86,12 @@ def grpo(config: GrpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     flops = train_flops(
         policy.model.config, longest_of(config), num_tokens / parts, lora=frozen is not None
     )
-    return Programs([*found, step.with_flops(flops)], num_tokens, config.loop.steps, list(NOTES))
+    return sampled.iteration(policy, [*found, step.with_flops(flops)])
 
 
-def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
+def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes, apart: Mesh | None = None) -> Programs:
     """Sampling, rewards, what reference and critic say, advantages, and updates."""
-    check(config)
+    sampled = Sampled.of(config, mesh, apart, shapes)
     policy = weights.policy(config.model, shapes.of_source(config.model, config), mesh)
     algorithm, frozen, parts = config.algorithm, policy.frozen, config.num_minibatches
     critic, critic_shape, critic_params = _critic(config, policy, mesh, shapes)
@@ -105,19 +100,18 @@ def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     roles = {"policy": PARAMS, critic.name: CRITIC}
     extra = Extra(KlControl(jnp.float32(0)), losses.init_moments())
     state = weights.train_state(params, functions.optimizer, mesh, extra=extra)
-    scorers, models = reward_models(config.rewards, mesh, shapes)
     beside = {
         PARAMS: policy.params,
         CRITIC: critic_params,
         REFERENCE: policy.params if frozen is None else None,
-        **models,
+        **sampled.beside(policy),
     }
     resident = {**beside, OPTIMIZER: state.opt_state, FROZEN: frozen}
     layout = Rows.of(config, mesh)
     own = ["old_logps", *(["sampler_logps"] if algorithm.old_logps == "trainer" else [])]
     every = weights.batch(rows_of(layout, *own, "scores", num_updates=parts), mesh)
     whole = {**params, "policy": policy.whole(policy.params)}
-    found = rollouts(config, policy, mesh, resident, scorers)
+    found = sampled.programs(policy, resident)
 
     def asked(name: str, function: Any, role: Any, params: Any) -> Program:
         return Program(name, lambda: function.lower(params, every), (role, BATCH), resident)
@@ -161,45 +155,7 @@ def ppo(config: PpoConfig, mesh: Mesh, shapes: Shapes) -> Programs:
         advantages,
         step.with_flops(flops),
     ]
-    return Programs(found, num_tokens, config.loop.steps, list(NOTES))
-
-
-def check(config: RlConfig) -> None:
-    if config.deterministic:
-        raise UserError(
-            "deterministic: true samples as one device of a CPU does, to look for faults: leave it "
-            "out to plan"
-        )
-    if config.rollout.devices:
-        raise UserError(
-            f"rollout.devices={config.rollout.devices}: a plan knows devices that sample and train "
-            "in turn so far: leave rollout.devices and max_staleness out, for a plan of both alike"
-        )
-
-
-def rollouts(
-    config: RlConfig,
-    policy: weights.Weights,
-    mesh: Mesh,
-    resident: dict[str, Any],
-    scorers: Scorers,
-) -> list[Program]:
-    """Sampling by the policy, on a mesh of its own where there is one, and the reward models that
-    score it."""
-    limits, whole, role = config.rollout, policy.whole(policy.params), PARAMS
-    model, where, found, beside = policy.model, mesh, [], resident
-    if limits.mesh is not None:
-        devices = RolloutDevices(limits, mesh)
-        model, where, role = devices.model(model), devices.mesh, MOVED
-        moved = weights.placed(whole, shardings(model.logical_axes(), where, whole))
-        targets = jax.tree.map(lambda x: x.sharding, moved)
-        move = jax.jit(lambda params: params, out_shardings=targets)
-        original = whole
-        found.append(Program("move the weights", lambda: move.lower(original), (PARAMS,), resident))
-        whole, beside = moved, {**resident, MOVED: moved}
-    found += sampling(model, whole, limits, where, beside, num_samples=limits.group_size, role=role)
-    total = limits.num_prompts * limits.group_size
-    return found + [scoring(one, mesh, resident, longest_of(config), total) for one in scorers]
+    return sampled.iteration(policy, found)
 
 
 def _critic(
@@ -240,11 +196,3 @@ def _update(config: PpoConfig, layout: Rows, names: list[str]) -> dict[str, np.n
     shape = layout.num_parts, config.ptx.rows, layout.row_len
     kinds = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "mask": np.bool_}
     return with_texts(rows, {name: np.ones(shape, kind) for name, kind in kinds.items()})
-
-
-def longest_of(config: RlConfig) -> int:
-    return config.rollout.max_prompt_tokens + config.rollout.max_tokens
-
-
-def num_tokens_of(config: RlConfig) -> float:
-    return float(config.rollout.num_prompts * config.rollout.group_size * longest_of(config))

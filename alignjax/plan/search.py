@@ -15,10 +15,10 @@ from alignjax.core.errors import UserError
 from alignjax.plan.chips import Chip
 from alignjax.plan.measure import USABLE, measure
 from alignjax.plan.memory import tree_bytes
-from alignjax.plan.phases import PLANNED
+from alignjax.plan.phases import programs_of
 from alignjax.plan.programs import Program
 from alignjax.plan.shapes import Shapes
-from alignjax.sharding import MeshConfig, make_mesh
+from alignjax.sharding import MeshConfig
 
 Change = dict[str, Any]
 """Dotted key of a config -> value."""
@@ -76,8 +76,7 @@ def search(
             break
         try:
             changed = with_changes(config, change)
-            mesh = make_mesh(changed.mesh, devices)  # type: ignore[attr-defined]
-            programs = PLANNED[changed.phase](changed, mesh, shapes)  # type: ignore[attr-defined]
+            mesh, programs = programs_of(changed, devices, shapes)
         except (UserError, ValueError):
             continue  # Rows that do not divide over the devices, and the like.
         chosen = [program for program in programs.all if program.name in failed]

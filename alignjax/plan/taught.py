@@ -38,8 +38,8 @@ from alignjax.plan.programs import (
     Programs,
     train_step,
 )
-from alignjax.plan.responses import NOTES, reward_models
-from alignjax.plan.sampled import check, longest_of, num_tokens_of, rollouts, rows_of
+from alignjax.plan.rollouts import Sampled, longest_of, num_tokens_of
+from alignjax.plan.sampled import rows_of
 from alignjax.plan.shapes import Shapes
 from alignjax.plan.work import forward_flops, train_flops
 from alignjax.sharding import batch_shards
@@ -87,9 +87,11 @@ def distill(config: DistillConfig, mesh: Mesh, shapes: Shapes) -> Programs:
     return Programs([asked, step.with_flops(flops)], num_tokens, config.loop.steps, [note])
 
 
-def online_distill(config: OnlineDistillConfig, mesh: Mesh, shapes: Shapes) -> Programs:
+def online_distill(
+    config: OnlineDistillConfig, mesh: Mesh, shapes: Shapes, apart: Mesh | None = None
+) -> Programs:
     """Sampling, what the teacher says of the samples, and updates."""
-    check(config)
+    sampled = Sampled.of(config, mesh, apart, shapes)
     policy: Any = weights.policy(config.model, shapes.of_source(config.model, config), mesh)
     teacher, parts = _teacher(config.teacher, mesh, shapes), config.num_minibatches
     times = config.algorithm.num_updates * parts
@@ -100,13 +102,12 @@ def online_distill(config: OnlineDistillConfig, mesh: Mesh, shapes: Shapes) -> P
         OPTIMIZER: state.opt_state,
         FROZEN: policy.frozen,
         TEACHER: teacher.params,
+        **sampled.beside(policy),
     }
-    scorers, models = reward_models(config.rewards, mesh, shapes)
-    resident |= models
     temperature, layout = config.rollout.temperature, Rows.of(config, mesh)
-    found = rollouts(config, policy, mesh, resident, scorers)
+    found = sampled.programs(policy, resident)
     batch = weights.batch(rows_of(layout, "old_logps"), mesh)
-    beside = {TEACHER: teacher.params, **models}
+    beside = {TEACHER: teacher.params, **sampled.beside(policy)}
     if config.divergence.kind == "sampled_reverse_kl":
         logps: Any = make_logps(teacher.model, mesh, temperature=temperature)
         rows = batch
@@ -131,19 +132,21 @@ def online_distill(config: OnlineDistillConfig, mesh: Mesh, shapes: Shapes) -> P
         )
     num_tokens, is_lora = num_tokens_of(config), policy.frozen is not None
     flops = train_flops(policy.model.config, longest_of(config), num_tokens / parts, lora=is_lora)
-    return Programs([*found, step.with_flops(flops)], num_tokens, config.loop.steps, list(NOTES))
+    return sampled.iteration(policy, [*found, step.with_flops(flops)])
 
 
-def online_preference(config: OnlineConfig, mesh: Mesh, shapes: Shapes) -> Programs:
+def online_preference(
+    config: OnlineConfig, mesh: Mesh, shapes: Shapes, apart: Mesh | None = None
+) -> Programs:
     """Sampling, rewards, the reference's log-probs of pairs, and updates."""
-    check(config)
+    sampled = Sampled.of(config, mesh, apart, shapes)
     policy: Any = weights.policy(config.model, shapes.of_source(config.model, config), mesh)
     parts, data = config.num_minibatches, config.data
     times = config.algorithm.num_updates * parts
     optimizer = make_optimizer(config.optimizer, config.loop.steps * times)
     learner: Any = Learner(config, policy, optimizer, mesh, shared_prompt=data.shared_prompt)
     state = weights.train_state(policy.params, optimizer, mesh, extra=learner.first_extra())
-    scorers, beside = reward_models(config.rewards, mesh, shapes)
+    beside = sampled.beside(policy)
     reads, takes = config.objective.reads_reference, config.objective.takes
     scorer, reference, role = reference_of(config, learner, policy, mesh, shapes)
     if reads and role == PARAMS:
@@ -153,7 +156,7 @@ def online_preference(config: OnlineConfig, mesh: Mesh, shapes: Shapes) -> Progr
     resident = {PARAMS: policy.params, OPTIMIZER: state.opt_state, FROZEN: policy.frozen, **beside}
     host, _ = comparisons(data, mesh, config.rows_per_update, config.row_len)
     arrays = {name: host[name] for name in ARRAYS}
-    found, rows = rollouts(config, policy, mesh, resident, scorers), weights.batch(arrays, mesh)
+    found, rows = sampled.programs(policy, resident), weights.batch(arrays, mesh)
     if reads:
         found.append(
             Program(
@@ -179,7 +182,7 @@ def online_preference(config: OnlineConfig, mesh: Mesh, shapes: Shapes) -> Progr
     given = {n: np.zeros(data.micro_batches, np.float32) for n in ("kl", "delta") if n in takes}
     batch = weights.batch(arrays | given, mesh)
     step = train_step(learner.update, state, batch, policy.frozen, times=times, beside=beside)
-    return Programs([*found, step], num_tokens_of(config), config.loop.steps, list(NOTES))
+    return sampled.iteration(policy, [*found, step])
 
 
 def _teacher(config: TeacherConfig, mesh: Mesh, shapes: Shapes) -> Teacher:

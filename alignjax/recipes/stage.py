@@ -53,10 +53,10 @@ MODELS = (
 _JUDGES = r"(judge|rewards\.judges\.[^.:]+)"
 _FREE = re.compile(
     rf"({_JUDGES}\.({'|'.join(map(re.escape, LIMITS))})|max_failure_frac|max_unparsable_frac|"
-    r"loop\.watchdog_minutes): "
+    r"loop\.watchdog_minutes|(rollout\.)?mesh(\.\w+)?|rollout\.(devices|processes)): "
 )
-"""Changes of a config with which a run may go on: how long and how far a judge is asked, and when a
-watchdog speaks."""
+"""Changes of a config with which a run may go on: how long and how far a judge is asked, when a
+watchdog speaks, and which devices do what, on which results depend by rounding alone."""
 
 
 def run_phase(config: PhaseConfig, *, command: str, title: str = "") -> Path:

@@ -7,6 +7,7 @@ from alignjax.sharding.place import (
     constrained,
     copied,
     fetch,
+    holders,
     init_sharded,
     put_batch,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "copied",
     "fetch",
     "fit",
+    "holders",
     "init_sharded",
     "make_mesh",
     "moved",

@@ -102,7 +102,8 @@ def make_mesh(
         raise UserError(
             f"{name}: {len(devices)} chips with others between them, which TPUs cannot compute on "
             "together: expected a whole box of each slice. rollout.devices leaves one where the "
-            "hosts of a slice stand in a row; elsewhere use rollout.mesh, on all chips"
+            "hosts of a slice stand in a row, rollout.processes where they fill rows; elsewhere "
+            "use rollout.mesh, on all chips"
         )
     if sizes["data"] % num_slices:
         raise UserError(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -25,17 +26,20 @@ def moved(arrays: Any, targets: Any) -> Any:
       targets: pytree like it of NamedShardings; see `rules.shardings`, with `shapes`.
     Raises:
       ValueError: if target and source share devices, but not all of them in one order, or neither
-        has a multiple of the other's number of devices, or a part would go to another process: the
-        devices of both are paired in their order, where one has more several in a row with one.
+        has a multiple of the other's number of devices, or some parts would go to another process
+        and others not: the devices of both are paired in their order, where one has more several
+        in a row with one.
     """
     return jax.tree.map(_moved, arrays, targets)
 
 
 def sent(arrays: Any, targets: Any) -> Any:
-    """The first half of `moved`, which computes nothing on the devices of the targets: where those
-    are more, each of them has a part of the source. `moved` takes it from there.
+    """The first half of `moved`: where the devices of the targets are more, each of them has a part
+    of the source. `moved` takes it from there.
 
-    So somebody else may compute on them meanwhile, of several processes in an order of his own.
+    Within a process it computes nothing on the devices of the targets, so that somebody else may
+    compute on them meanwhile, of several processes in an order of his own. From process to process
+    all devices of both run a program.
     """
     return jax.tree.map(_sent, arrays, targets)
 
@@ -73,14 +77,62 @@ def _copied(x: jax.Array, target: NamedSharding) -> jax.Array:
     on more, as many times."""
     parts = {shard.device: shard.data for shard in x.addressable_shards}
     ours, theirs = [*x.sharding.mesh.devices.flat], [*target.mesh.devices.flat]
-    there = []
-    for place, device in enumerate(theirs):
-        origin = ours[place * len(ours) // len(theirs)]
-        if origin.process_index != device.process_index:
-            raise ValueError(f"from device {origin.id} to {device.id}, which another process has")
-        if origin in parts:
-            there.append(jax.device_put(parts[origin], device))
-    return jax.make_array_from_single_device_arrays(x.shape, target, there)
+    pairs = [(ours[n * len(ours) // len(theirs)], device) for n, device in enumerate(theirs)]
+    is_near = {_is_near(*pair) for pair in pairs}
+    if is_near == {True}:
+        there = [jax.device_put(parts[a], b) for a, b in pairs if a in parts]
+    elif is_near == {False}:
+        num_each = max(1, len(theirs) // len(ours))
+        shape = x.sharding.shard_shape(x.shape)
+        there = []
+        # A device can send to one other in a program.
+        for number in range(num_each):
+            there += _from_far(parts, pairs[number::num_each], shape, x.dtype)
+    else:
+        raise ValueError(
+            f"from the devices {[d.id for d in ours]} to {[d.id for d in theirs]}: some of them in "
+            "one process, some in two"
+        )
+    return jax.make_array_from_single_device_arrays(x.shape, target, there, dtype=x.dtype)
+
+
+def _is_near(a: jax.Device, b: jax.Device) -> bool:
+    """Whether they are of one process."""
+    return a.process_index == b.process_index
+
+
+def _from_far(
+    parts: Mapping[jax.Device, jax.Array],
+    pairs: Sequence[tuple[jax.Device, jax.Device]],
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> list[jax.Array]:
+    """A part for the second device of each pair, in the process that has it, from the first one."""
+    mesh = Mesh(np.array(pairs).T, ("end", "pair"), axis_types=(AxisType.Auto,) * 2)
+    both = NamedSharding(mesh, PartitionSpec("end", "pair"))
+    ends = [
+        jnp.zeros((1, 1, *shape), dtype, device=device) if device not in parts
+        else parts[device][None, None]
+        for device in mesh.local_devices
+    ]  # fmt: skip
+    whole = (*mesh.devices.shape, *shape)
+    x = jax.make_array_from_single_device_arrays(whole, both, ends, dtype=dtype)
+    # Nothing else may be in flight: programs that wait for other processes and such that wait for
+    # other devices of this one can block each other on a CPU, whose devices share their threads.
+    arrived = jax.block_until_ready(_sent_across(mesh)(jax.block_until_ready(x)))
+    theirs = {device for _, device in pairs}
+    return [shard.data[0, 0] for shard in arrived.addressable_shards if shard.device in theirs]
+
+
+@functools.lru_cache(maxsize=16)
+def _sent_across(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """[end, pair, ...]: of each pair what the first end has, at the second."""
+    spec = PartitionSpec("end", "pair")
+
+    def send(x: jax.Array) -> jax.Array:
+        return jax.lax.ppermute(x, "end", [(0, 1)])
+
+    return jax.jit(jax.shard_map(send, mesh=mesh, in_specs=spec, out_specs=spec))
 
 
 def _repeated(sharding: NamedSharding, devices: Iterable[jax.Device]) -> NamedSharding:

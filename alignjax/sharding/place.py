@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from alignjax.core.processes import sent_by
 from alignjax.sharding.mesh import BATCH_AXES, batch_shards
 from alignjax.sharding.rules import fit
 
@@ -81,19 +82,54 @@ def batch_shardings(
 
 
 def fetch(arrays: Any) -> Any:
-    """Arrays on devices -> the same, whole, as NumPy arrays in every process, all of which ask."""
+    """Arrays on devices -> the same, whole, as NumPy arrays in every process, all of which ask.
 
+    A process that has none of the devices of a mesh is told by one that has.
+    """
     if jax.process_count() == 1:
         return jax.device_get(arrays)
+    here, leaves, structure = jax.process_index(), *jax.tree.flatten(arrays)
+    held = [_holders(leaf) for leaf in leaves]
+    found = [
+        fetched_here(leaf) if here in some else None
+        for leaf, some in zip(leaves, held, strict=True)
+    ]
+    partial = [some for some in held if len(some) < jax.process_count()]
+    for some in sorted({tuple(sorted(some)) for some in partial}):
+        chosen = [n for n, other in enumerate(held) if other == {*some}]
+        own = b"".join(found[n].tobytes() for n in chosen) if here == some[0] else b""
+        told, start = sent_by(some[0], own, is_heard=here not in some), 0
+        for n in chosen:
+            x = leaves[n]
+            if found[n] is None:
+                found[n] = np.frombuffer(told, x.dtype, x.size, start).reshape(x.shape)
+            start += x.nbytes
+    return jax.tree.unflatten(structure, found)
 
-    def fetched(array: jax.Array) -> np.ndarray:
-        if array.is_fully_addressable or array.is_fully_replicated:
-            return np.asarray(array)
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
-    return jax.tree.map(fetched, arrays)
+def fetched_here(array: Any) -> np.ndarray:
+    """An array on devices -> the same, whole, in the processes that have parts of it, all of which
+    ask."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def holders(arrays: Any) -> set[int]:
+    """The processes that have parts of some of these arrays."""
+    return set().union(*map(_holders, jax.tree.leaves(arrays)))
+
+
+def _holders(array: Any) -> set[int]:
+    """The processes that have parts of an array of a mesh; of any other each has its own."""
+    if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
+        return {device.process_index for device in array.sharding.device_set}
+    return {*range(jax.process_count())}
 
 
 def _placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     # `device_put` would compare the arrays of all processes first.
-    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda part: array[part].astype(dtype), dtype=dtype
+    )

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from alignjax.core.errors import UserError
-from alignjax.core.processes import is_first, wait_for_all
+from alignjax.core.processes import is_first, told, wait_for_all
 
 State = TypeVar("State")
 _CHECKSUMS = "checksums.json"
@@ -33,11 +34,21 @@ class Checkpointer:
         best_metric: str | None = None,
         best_mode: str = "min",
         read_only: bool = False,
+        processes: set[int] | None = None,
     ):
         """Args: keep: how many of the last to keep; best_metric: name of the metric whose best
-        checkpoint is kept as well, by `best_mode` "min" or "max"; read_only: change nothing."""
+        checkpoint is kept as well, by `best_mode` "min" or "max"; read_only: change nothing;
+        processes: those that have a part of the state, the first among them; None: all. Others
+        save and read nothing."""
         self.directory = directory.absolute()
         self._best_metric = best_metric
+        num_all = jax.process_count()
+        self._processes = {*range(num_all)} if processes is None else processes
+        self._is_away = jax.process_index() not in self._processes
+        # Orbax takes an array that one of several processes has for one that each has its own of.
+        self._is_of_one = len(self._processes) == 1 < num_all
+        if self._is_away:
+            return
         best_fn = None if best_metric is None else lambda metrics: metrics[best_metric]
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if best_fn is not None:
@@ -64,7 +75,7 @@ class Checkpointer:
                 # Its barriers are then of the coordination service. Those on devices would wait
                 # behind devices that sample ahead, of which each process has another order.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
-                    active_processes={*range(jax.process_count())}
+                    active_processes=self._processes
                 ),
                 create=False,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
@@ -79,6 +90,10 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Starts to save; returns as soon as the arrays are copied to the host."""
+        if self._is_away:
+            return
+        if self._is_of_one:
+            state = jax.tree.map(np.array, state)  # Copies: what it was is donated before long.
         # One that is not finite would be taken for the best.
         value = math.nan if metrics is None else metrics.get(self._best_metric or "", math.nan)
         known = dict(metrics) if metrics is not None and math.isfinite(value) else None
@@ -104,6 +119,18 @@ class Checkpointer:
           UserError: there are checkpoints and none of them is whole, or one that is whole holds
             other arrays than the template.
         """
+        found = None if self._is_away else self._restore(template, warn)
+        wait_for_all("set damaged checkpoints aside")
+        known = told(None if found is None else [found[0], found[2]])
+        if known is None:
+            return None
+        if found is not None:
+            self._manager.reload()
+        return known[0], template if found is None else found[1], known[1]
+
+    def _restore(
+        self, template: State, warn: Callable[[str], None]
+    ) -> tuple[int, State, dict[str, Any]] | None:
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged: list[str] = []
         wanted = _abstract(template)
@@ -126,8 +153,6 @@ class Checkpointer:
                     if is_first():
                         for bad in damaged:
                             self._set_aside(bad)
-                    wait_for_all("set damaged checkpoints aside")
-                    self._manager.reload()
                     return step, restored["state"], restored["position"]
             warn(
                 f"checkpoint {self.directory / str(step)} is damaged ({fault}); trying the one "
@@ -174,14 +199,16 @@ class Checkpointer:
         return step, restored
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        return None if self._is_away else self._manager.latest_step()
 
     def wait(self) -> None:
         """Returns when everything started has been saved; raises what went wrong while saving."""
-        self._manager.wait_until_finished()
+        if not self._is_away:
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        if not self._is_away:
+            self._manager.close()
 
     def _add_checksums(self) -> None:
         # Orbax calls this between writing the last file and renaming the directory to its final

@@ -17,6 +17,7 @@ from pydantic import Field
 from alignjax.core.config import Config
 from alignjax.core.errors import Terminated, UserError
 from alignjax.core.processes import any_of, is_first
+from alignjax.sharding import fetch, holders
 from alignjax.train.checkpoint import Checkpointer
 from alignjax.train.metrics import MetricWriter, NoWriter
 from alignjax.train.optim import averaged
@@ -123,13 +124,14 @@ def train(
       StopRunError: if the phase cannot collect data after some steps, when the state is saved.
       UserError: training has diverged.
     """
+    state, records = phase.init(jax.random.PRNGKey(seed)), phase.records()
     checkpoints = Checkpointer(
         run_dir / "checkpoints",
         keep=config.keep,
         best_metric=config.best_metric,
         best_mode=config.best_mode,
+        processes=holders(state),
     )
-    state, records = phase.init(jax.random.PRNGKey(seed)), phase.records()
     step, num_tokens = 0, 0
     restored = checkpoints.restore(state, warn=progress.warn)
     if restored is not None:
@@ -258,7 +260,7 @@ def _check_best(name: str, metrics: Mapping[str, float]) -> None:
 def _over_updates(updates: Sequence[Mapping[str, Array]]) -> dict[str, float]:
     """The mean over the updates of an iteration; of counts, the sum. What compares the sampler with
     the trainer stands as it was at the first update: later ones move the policy on purpose."""
-    host = jax.device_get(list(updates))
+    host = fetch(list(updates))
 
     def combined(name: str) -> float:
         values = [update[name] for update in host]

@@ -4,11 +4,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from alignjax.core.types import Params
+from alignjax.sharding import fetch
 
 
 class TrainState(NamedTuple):
@@ -31,7 +33,13 @@ class TrainState(NamedTuple):
     """What else changes during a run, such as the coefficient of a KL: a pytree of arrays."""
     behaviour: tuple[Params, ...] = ()
     """Earlier `params`, the oldest first, which sample what the next iterations train on; on the
-    devices that do (`phases.disaggregated`). Empty where the params themselves sample."""
+    devices that do, or of other processes on those that train (`phases.disaggregated`). Empty where
+    the params themselves sample."""
+
+    def on_host(self) -> tuple[int, np.ndarray]:
+        """Step and key, in every process, all of which ask."""
+        step, key = fetch((self.step, self.key))
+        return int(step), key
 
 
 def create_state(

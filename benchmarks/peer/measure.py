@@ -14,7 +14,7 @@ from peer.process import KilledError, Library, Worker, WorkerError, available_by
 from peer.tasks import SIZES, TASKS, Task, work, write_data
 from peer.variants import Variant
 
-WARM_UP = {"alignjax": 2, "trl": 1, "tunix": 2}
+WARM_UP = {"alignjax": 2, "trl": 1, "tunix": 2, "llamacpp": 1}
 """Runs before those that count. What is compiled in the first may be compiled once more in the
 second, which meets what the first has changed."""
 SAME_LOGITS = 1e-4

@@ -82,7 +82,7 @@ TARGETS: dict[tuple[str, str], dict[str, float]] = {
     ("sft_ragged", "M"): {"trl": 2.0, "tunix": 2.0},
     ("dpo", "M"): {"trl": 2.2, "tunix": 2.2},
     ("generate", "M"): {"trl": 1.5, "tunix": 1.9},
-    ("generate_ragged", "S"): {"trl": 2.0, "tunix": 2.0},
+    ("generate_ragged", "S"): {"trl": 2.0, "tunix": 2.0, "llamacpp": 1.0},
     ("grpo", "M"): {"trl": 2.2, "tunix": 2.2},
     ("grpo_long", "M"): {"trl": 4.0, "tunix": 4.0},
     ("ppo", "S"): {"tunix": 2.0},

@@ -11,7 +11,8 @@ from typing import Any
 
 from peer.tasks import Task
 
-LIBRARIES = ("alignjax", "trl", "tunix")
+LIBRARIES = ("alignjax", "trl", "tunix", "llamacpp")
+"""The last does not train, and is a peer of the generation tasks alone."""
 DTYPES = ("float32", "bfloat16")
 """Of the matrix products of ours; peers have float32."""
 
@@ -49,6 +50,14 @@ KEEP = {"gradient_checkpointing": False}
 """TRL recomputes activations by default, to save memory."""
 GUARD = {"cache_margin": 256}
 """What Tunix's examples add to the size of the KV cache."""
+
+FLOAT32 = {
+    "type_k": "GGML_TYPE_F32", "type_v": "GGML_TYPE_F32",
+    "flash_attn_type": "LLAMA_FLASH_ATTN_TYPE_DISABLED",
+}  # fmt: skip
+"""By itself llama.cpp keeps keys and values in float16, and its flash attention, which it takes by
+itself too, rounds them there whatever the cache holds. That was the quickest of both types with and
+without it, as were all prompts together beside fewer."""
 
 
 def _sft(task: Task) -> list[Variant]:
@@ -95,12 +104,17 @@ def _dpo_reference_known(task: Task) -> list[Variant]:
 
 
 def _generate(task: Task) -> list[Variant]:
+    together = {"slots": task.dims["prompts"]}
     return [
         *ours(),
         Variant("trl", "default"),
         Variant("trl", "continuous batching", worker={"continuous": True}),
         Variant("tunix", "default", worker=GUARD),
         Variant("tunix", "best"),
+        # One prompt after the other, as its Python bindings do it.
+        Variant("llamacpp", "default", worker={"slots": 1}),
+        Variant("llamacpp", "best", worker=together),
+        Variant("llamacpp", "best, float32", options=FLOAT32, worker=together),
     ]
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 
 import peers  # noqa: E402
 from peer import measure, process, table, tasks, variants  # noqa: E402
+from peer.workers import slots  # noqa: E402
 
 FAKE = f"""
 import os, sys, time
@@ -178,6 +180,26 @@ def test_the_best_of_each_peer_is_its_default_where_that_is_all_there_is(name):
         assert found[library].startswith("best" if "best" in names else "default")
 
 
+def test_only_libraries_that_a_task_needs_are_installed(monkeypatch, tmp_path):
+    def install(name, folder, also):
+        if name == "tunix":
+            raise subprocess.CalledProcessError(1, "pip")
+        return process.Library(name, "python", tmp_path)
+
+    monkeypatch.setattr(peers, "library", install)
+    everything = variants.LIBRARIES[1:]
+    args = argparse.Namespace(
+        best=False, dtypes=["float32"], peers=everything, tasks=["sft"], dir=tmp_path, also=[]
+    )
+    found = peers.installed(args)
+    assert list(found) == ["alignjax", "trl", "tunix"]
+    assert "could not be installed" in found["tunix"]
+    args.tasks = ["sft", "generate"]
+    assert list(peers.installed(args)) == ["alignjax", *everything]
+    args.peers = ["llamacpp"]
+    assert list(peers.installed(args)) == ["alignjax", "llamacpp"]
+
+
 def test_the_target_is_met_or_not():
     fast = table.row(
         "alignjax", "float32", replies(1.0, 1.0), prepare_s=0.0, num_warm_up=1,
@@ -193,7 +215,9 @@ def test_every_task_has_ours_first_and_each_peer_or_a_reason():
     for name, task in tasks.TASKS.items():
         found = variants.variants(task)
         assert [v.name for v in found[:2]] == ["float32", "bfloat16"], name
-        assert {v.library for v in found} == set(variants.LIBRARIES), name
+        trainers = {"alignjax", "trl", "tunix"}
+        expected = set(variants.LIBRARIES) if task.kind == "generate" else trainers
+        assert {v.library for v in found} == expected, name
         assert len({(v.library, v.name) for v in found}) == len(found), name
 
 
@@ -241,6 +265,56 @@ def test_completions_end_where_the_prompt_says_and_by_eos_alone(tmp_path):
             assert out.lengths.sum() == tasks.expected_tokens(task) == 144
         else:
             assert (out.lengths == 16).all() and (out.tokens >= tasks.FIRST_WORD).all()
+
+
+class Cells:
+    """Sequences that hold their tokens, and sample a number that depends on each of them."""
+
+    def __init__(self, num):
+        self.tokens = [[] for _ in range(num)]
+        self.batches = []
+
+    @staticmethod
+    def next(tokens):
+        return sum(i * token for i, token in enumerate(tokens, 3)) % 5
+
+    def decode(self, rows):
+        in_use = [i for i, tokens in enumerate(self.tokens) if tokens]
+        for i, start, tokens in rows:
+            assert start == len(self.tokens[i]), "a position that does not follow"
+            self.tokens[i] += tokens
+            in_use.append(i)
+        assert sorted(set(in_use)) == list(range(max(in_use) + 1)), "a gap"
+        self.batches.append([start for _, start, _ in rows])
+        return [self.next(self.tokens[i]) for i, _, _ in rows]
+
+    def free(self, sequence):
+        self.tokens[sequence] = []
+
+    def move(self, source, target):
+        assert self.tokens[source] and not self.tokens[target]
+        self.tokens[target], self.tokens[source] = self.tokens[source], []
+
+
+@pytest.mark.parametrize("num", [1, 3, 50])
+def test_a_completion_does_not_depend_on_the_slot_that_it_was_decoded_in(num):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(5, 99, rng.integers(1, 9)).tolist() for _ in range(20)]
+    expected = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + 6:
+            tokens.append(Cells.next(tokens))
+            if tokens[-1] == 1:
+                break
+        expected.append(tokens[len(prompt) :])
+    assert len({len(tokens) for tokens in expected}) > 3  # those that end early, and not
+    cells = Cells(num)
+    assert slots.complete(prompts, cells, slots=num, max_tokens=6, eos=1) == expected
+    assert not any(cells.tokens)
+    last_prompt = max(i for i, starts in enumerate(cells.batches) if starts[0] == 0)
+    steps = [starts for starts in cells.batches[:last_prompt] if starts[0] > 0]
+    assert all(len(starts) == num for starts in steps)  # while prompts wait, no slot is free
 
 
 def test_results_are_kept_by_task_beside_the_others(tmp_path):

@@ -30,10 +30,9 @@ stages:
     data: {train: nowhere.jsonl, text: {fields: {completion: text}}, row_len: 16, rows: 8}
     loop: {steps: 10}
   sampled:
-    phase: critique
-    model: {path: "${more}/model"}
-    data: {train: nowhere.jsonl, text: {fields: {prompt: prompt}}}
-    template: critique_chat
+    phase: label
+    responses: nowhere.jsonl
+    judge: {model: {path: "${more}/model"}}
 """
 
 
@@ -57,7 +56,8 @@ def test_a_recipe_on_local_devices(config, chip, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "base (phase sft): mesh fsdp 8" in text and "train step" in text
     assert text.count("  fits\n") == 2
-    assert "sampled: not planned: phase critique is none of sft" in text
+    assert "sampled: not planned: phase label of responses that are read" in text
+    assert "all stages: at least" in text and "device-hours" in text and "chip-hours" not in text
     plan = json.loads(out.read_text())
     base, more = plan["stages"]
     (step,) = base["programs"]

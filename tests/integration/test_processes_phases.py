@@ -164,3 +164,18 @@ def test_training(folder, recipe, phases):
         found, expected = (metrics_of(folder, f"{recipe}_{n}/{phase}") for n in (2, 1))
         assert expected[-1]["loss"] > 0 and expected[-1]["grad_norm"] > 0
         assert_same(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("recipe", "phase"), [("distillation", "online_distill"), ("online", "online_preference")]
+)
+def test_another_process_samples_and_judges(folder, recipe, phase):
+    for name, number, way in (("near", 1, "devices=2"), ("far", 2, "processes=1")):
+        options = [f"stages.{phase}.{option}" for option in (f"rollout.{way}", "mesh={data: 2}")]
+        run = Run(folder, number, recipe, f"name={recipe}_{name}", *options)
+        assert run.wait() == [0] * number, run.text()
+    near, far = (metrics_of(folder, f"{recipe}_{name}/{phase}") for name in ("near", "far"))
+    assert near[-1]["rollout/staleness/max"] == 0 and near[-1]["grad_norm"] > 0
+    assert_same(far, near)

@@ -396,6 +396,20 @@ def test_of_a_truncated_last_checkpoint_the_one_before_is_used(tmp_path, uninter
     assert_same(place, expected)
 
 
+@pytest.mark.slow
+def test_it_goes_on_on_another_mesh(tmp_path, uninterrupted):
+    place, expected = copy_of(uninterrupted, "sft", tmp_path)
+    shutil.rmtree(place.run / "checkpoints/14")
+    place.flags = "--xla_force_host_platform_device_count=4"
+    status, text = place.finish("mesh={fsdp: 2, tensor: 2}")
+    assert status == 0 and "resumed from step 12 of 14" in text, text
+    found = place.content()
+    assert found["position"] == expected["position"]
+    assert found["metrics"] != expected["metrics"], "it computes with other parts"
+    for one, other in zip(found["metrics"], expected["metrics"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
 def test_another_config_is_refused_and_the_difference_shown(tmp_path, uninterrupted):
     place, expected = copy_of(uninterrupted, "sft", tmp_path)
     before = {p: p.stat().st_mtime_ns for p in place.run.rglob("*") if p.is_file()}

@@ -8,6 +8,7 @@ from alignjax.phases import rollouts, scoring
 from alignjax.phases.disaggregated import InTurn
 from alignjax.phases.registry import PHASES
 from alignjax.recipes import chains
+from alignjax.sharding import copied
 
 WEIGHED = {"old_logps": "trainer", "importance_cap": 1.05}
 
@@ -71,7 +72,9 @@ class FakeEngine:
     def __call__(self, params, prompts, lengths, key, sampling):
         leaves = jax.tree.leaves(params)
         self.devices.append({device.id for leaf in leaves for device in leaf.devices()})
-        digest = [int(np.abs(np.asarray(leaf, np.float64)).sum() * 1e6) for leaf in leaves]
+        # Of copies: `Ahead.close` may delete what is read here, which NumPy does not survive.
+        own = [np.asarray(leaf, np.float64) for leaf in copied(leaves)]
+        digest = [int(np.abs(leaf).sum() * 1e6) for leaf in own]
         rng = np.random.default_rng([*digest, *np.asarray(key).tolist()])
         n, width = len(prompts) * sampling.num_samples, sampling.max_tokens
         sizes = rng.integers(1, width + 1, n).astype(np.int32)

@@ -214,7 +214,13 @@ def test_a_run_that_ends_does_not_wait_for_what_is_in_flight(world, monkeypatch)
         ({"rollout": {"max_staleness": 1}}, "max_staleness=1: .* give devices"),
         ({"rollout": ONE_AHEAD}, r"add algorithm: \{old_logps: trainer, importance_cap: 2.0\}"),
         ({"algorithm": {"importance_cap": 2.0}}, "old_logps='sampler': .* set old_logps: trainer"),
-        ({"rollout": {"devices": 1}, "deterministic": True}, "leave out rollout.mesh and"),
+        ({"rollout": {"devices": 1}, "deterministic": True}, "leave out rollout.mesh, r"),
+        ({"rollout": {"processes": 1}, "deterministic": True}, "and rollout.processes"),
+        ({"rollout": {"processes": 1, "devices": 1}}, "devices=1 .* processes=1 .* one of them"),
+        (
+            {"rollout": {"processes": 1, "max_staleness": 2}, "algorithm": rl.WEIGHED},
+            "max_staleness=2 with processes=1: .* nothing from more than 1",
+        ),
         ({"rollout": {"mesh": {"tensor": 2}}, "deterministic": True}, "leave out rollout.mesh"),
     ],
 )
@@ -244,6 +250,27 @@ class OfHost:
 
     id: int
     process_index: int
+
+
+@pytest.mark.parametrize(
+    ("processes", "sizes", "message"),
+    [
+        (1, [4], r"processes=1 of 1 process\(es\) leaves 0 of 4 .* 2 processes at least"),
+        (2, [4, 4], "leaves 0 of 8"),
+        (2, [4, 4, 4, 4, 4], "leaves 12 of 20 .* a number that divides"),
+    ],
+)
+def test_processes_that_do_not_divide_are_explained(world, processes, sizes, message):
+    devices = [OfHost(i, process) for process, size in enumerate(sizes) for i in range(size)]
+    with pytest.raises(UserError, match=message):
+        config(world, rollout={"processes": processes}).rollout.training_devices(devices)
+
+
+def test_the_last_hosts_sample_for_the_others(world):
+    devices = [OfHost(i, i // 4) for i in range(16)]
+    for processes, num_left in ((1, 12), (2, 8), (3, 4)):
+        limits = config(world, rollout={"processes": processes}).rollout
+        assert limits.training_devices(devices) == devices[:num_left]
 
 
 def test_each_host_has_as_many_devices_that_sample(world):

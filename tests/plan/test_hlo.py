@@ -364,16 +364,12 @@ def test_a_convolution_leaves_out_the_padding():
     assert count(text).flops == 2 * 3 * 5 * 7 * (2 + 3 + 3 + 3)
 
 
-KERNELS = """\
-  %m = s8[1,2,2]{2,1,0} parameter(0)
-  %q = bf16[2,2,1024,128]{3,2,1,0} parameter(1)
-  %k = bf16[2,1,1024,128]{3,2,1,0} parameter(2)
-"""
-
-
-def kernel(name, attributes, operands="%m, %m, %q, %k, %k"):
+def kernel(name, attributes, table="1,2,2", keys=1024):
+    operands = "%m, %m, %q, %k, %k"
     return entry(
-        KERNELS.rstrip("\n"),
+        f"  %m = s8[{table}]{{2,1,0}} parameter(0)",
+        "  %q = bf16[2,2,1024,128]{3,2,1,0} parameter(1)",
+        f"  %k = bf16[2,1,{keys},128]{{3,2,1,0}} parameter(2)",
         f"  ROOT %{name} = bf16[2,2,1024,128]{{3,2,1,0}} custom-call({operands}), "
         f'custom_call_target="tpu_custom_call", {attributes}',
     )
@@ -386,6 +382,22 @@ def test_splash_attention_by_its_blocks(name, products):
     costs = count(kernel(f"splash_mha_{name}_segmented.1", attributes))
     assert costs.flops == products * 2 * (2 * 2) * (3 * 512 * 512) * 128
     assert not costs.unknown_kernels
+
+
+@pytest.mark.parametrize(
+    ("name", "products", "table", "pairs"),
+    [
+        ("fwd", 2, "1,2,8", 9),
+        ("dkv", 4, "1,2,8", 9),
+        ("dq", 3, "1,2,3", 21 / 4),
+        ("dkv", 4, "1,1,8", 2),
+    ],
+)
+def test_splash_attention_of_a_share_of_the_queries(name, products, table, pairs):
+    """Two of eight blocks of queries: of the 36 pairs on or below the diagonal a quarter; and of
+    the 21, or 8, within windows."""
+    costs = count(kernel(f"splash_mha_{name}_segmented.1", "metadata={}", table, 4096))
+    assert costs.flops == products * 2 * (2 * 2) * (pairs * 512 * 512) * 128
 
 
 def test_kernels_say_their_cost_or_are_named():

@@ -1,5 +1,6 @@
 """Figures of a phase by hand, what a compiler says that has no room, and what is printed."""
 
+import dataclasses
 import io
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from alignjax.plan.chips import Chip
 from alignjax.plan.hlo import Collective, Costs
-from alignjax.plan.measure import Measured, PhasePlan, needed_bytes
+from alignjax.plan.measure import Measured, PhasePlan, iteration_s, needed_bytes
 from alignjax.plan.memory import Memory
 from alignjax.plan.programs import Program
 from alignjax.plan.report import Plan, show
@@ -67,6 +68,26 @@ def test_what_is_printed():
     assert "at least 8 s: at most 500 tokens/s; 900 iterations at least 8 chip-hours" in text
     assert "utilisation at most 25% (of the model's own FLOPs), bound by ICI" in text
     assert "\n  fits\n" in text and "note: something is taken for granted" in text
+
+
+def test_devices_of_their_own():
+    """In turn an iteration takes the sum, ahead the longer of both kinds."""
+    sampler = measured("decode", 4, 6.0, is_apart=True)
+    steps = measured("train step", 2, 4.0), sampler, measured("old log-probs", 1, 3.0)
+    assert iteration_s(steps, is_ahead=False) == (2 + 4 + 1) * 3.0
+    assert iteration_s(steps, is_ahead=True) == 4 * 3.0
+    phase = dataclasses.replace(phase_of(*steps), sampling_mesh={"data": 2, "tensor": 2})
+    text = printed(phase)
+    assert "mesh fsdp 4, and to sample data 2 x tensor 2" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith(("decode", "train"))]
+    assert rows[0][:4] == ["train", "step", "train", "2"] and rows[1][:2] == ["decode", "sample"]
+    assert "memory of each device (train) in train step: 4.00 of" in text
+    assert "memory of each device (sample) in decode: 6.00 of" in text
+    saved = phase.as_json()
+    assert saved["sampling_mesh"] == {"data": 2, "tensor": 2}
+    assert [one["is_apart"] for one in saved["programs"]] == [False, True, False]
+    unknown = Measured("step", 1, 1.0, 9.0, 5.0, 20.0 * GIB)
+    assert iteration_s([*steps, unknown], is_ahead=True) is None
 
 
 def test_what_does_not_fit():

@@ -13,6 +13,7 @@ from alignjax.plan.chips import Chip
 from alignjax.plan.measure import Measured
 from alignjax.plan.phases import PLANNED
 from alignjax.plan.shapes import Shapes
+from alignjax.sharding import make_mesh
 
 MODEL = {"init": {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 4}}
 
@@ -112,7 +113,7 @@ def test_what_cannot_fit_is_not_compiled(monkeypatch, compiled):
 
 
 def test_at_least_what_lies_there():
-    (program,) = PLANNED["sft"](sft(), search.make_mesh(sft().mesh), Shapes()).all
+    (program,) = PLANNED["sft"](sft(), make_mesh(sft().mesh), Shapes()).all
     whole = search._at_least(program)
     assert whole == sum(
         4 * leaf.size for tree in program.resident.values()

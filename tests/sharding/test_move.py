@@ -30,7 +30,10 @@ def refuse(self):
     ],
     ids=["same", "equal", "fewer", "more"],
 )
-def test_the_content_is_the_same_wherever_it_goes(monkeypatch, source, target):
+@pytest.mark.parametrize("is_near", [True, False], ids=["near", "far"])
+def test_the_content_is_the_same_wherever_it_goes(monkeypatch, source, target, is_near):
+    """Within a process, and as if each device were of another one."""
+    monkeypatch.setattr(move, "_is_near", lambda a, b: is_near)
     content = np.arange(56 * 24, dtype=np.float32).reshape(56, 24)
     a, b = mesh_of(*source[:2], **source[2]), mesh_of(*target[:2], **target[2])
     arrays = {

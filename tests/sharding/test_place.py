@@ -76,8 +76,9 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from alignjax.core.errors import UserError
 from concurrent.futures import ThreadPoolExecutor
-from alignjax.core.processes import any_of, gather, together, wait_for_all
-from alignjax.sharding import MeshConfig, fetch, make_mesh, put_batch
+from jax.sharding import NamedSharding, PartitionSpec
+from alignjax.core.processes import any_of, gather, sent_by, together, told, wait_for_all
+from alignjax.sharding import MeshConfig, fetch, holders, make_mesh, moved, put_batch
 mesh = make_mesh(MeshConfig(data=2, fsdp=2))
 all_rows = np.array([[10, 11], [12, 13], [110, 111], [112, 113]], np.int32)
 batch = put_batch({"x": all_rows, "seed": np.int32(5)}, mesh)
@@ -93,12 +94,29 @@ def ask(word, seconds):
         assert gather(text) == [word * (i + 1), word * (i + 2)]
     wait_for_all(word)
 def ask_elsewhere():
-    with jax.default_device(jax.local_devices()[1]):
-        ask("b", 0.02 * jax.process_index())
+    ask("b", 0.02 * jax.process_index())
 with ThreadPoolExecutor(1) as thread:
     elsewhere = thread.submit(ask_elsewhere)
     ask("a", 0.02 * (1 - jax.process_index()))
     elsewhere.result()
+for i in range(150):  # More than are kept at a time.
+    assert sent_by(i % 2, f"{i} of {jax.process_index()}".encode()) == f"{i} of {i % 2}".encode()
+assert told(f"by {jax.process_index()}") == "by 0"
+of_one = [make_mesh(MeshConfig(data=2), jax.devices()[2 * i : 2 * i + 2]) for i in range(2)]
+values = {"x": np.arange(8.0).reshape(4, 2), "none": np.zeros((0, 3)), "n": np.int32(9)}
+for first, second in (of_one, of_one[::-1]):
+    here = put_batch(values, first)
+    assert holders(here) == {first.devices.flat[0].process_index}
+    doubled = jax.jit(lambda x: 2 * x)(here["x"])
+    seen = fetch({**here, "doubled": doubled, "all": batch["x"]})
+    np.testing.assert_array_equal(seen["doubled"], 2 * values["x"])
+    np.testing.assert_array_equal(seen["all"], all_rows)
+    assert seen["n"] == 9 and seen["n"].dtype == np.int32 and seen["none"].shape == (0, 3)
+    there = moved(doubled, NamedSharding(second, PartitionSpec(None, "data")))
+    assert holders(there) == {second.devices.flat[0].process_index}
+    for shard in there.addressable_shards:
+        np.testing.assert_array_equal(shard.data, 2 * values["x"][shard.index])
+    np.testing.assert_array_equal(fetch(there), 2 * values["x"])
 with together():
     pass
 try:
@@ -111,8 +129,8 @@ except UserError as error:
 
 
 def test_two_processes():
-    """Each gives all rows, and gets them back; what stops one stops both; two threads ask on
-    devices of their own, each process in another order."""
+    """Each gives all rows, and gets them back; what stops one stops both; two threads ask, each
+    process in another order; what one has the other is told, and is sent."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]

@@ -82,16 +82,7 @@ def attend(
     is_branched = branches is not None
     if is_branched:
         _check_branches(query_segments, branches, positions, implementation, is_self=is_self)
-    elif (
-        is_self
-        and mesh is not None
-        and q.shape[1] % mesh.shape["sequence"] == 0
-        and mesh.shape["sequence"] > 1
-    ):
-        run = functools.partial(
-            attend, windows=windows, scale=scale, soft_cap=soft_cap, implementation=implementation
-        )
-        return _split_over_sequence(run, q, k, v, query_segments, key_segments, layer, mesh=mesh)
+    asked = implementation
     if implementation == "auto":
         implementation = choose(
             q, k, soft_cap, is_self=is_self, device=device, is_branched=is_branched
@@ -109,6 +100,17 @@ def attend(
         distinct, which = _distinct(windows, layer)
         kernels = [functools.partial(run, window=window) for window in distinct]
         return jax.lax.switch(which, kernels, q, k, v, query_segments)
+    if (
+        is_self
+        and not is_branched
+        and mesh is not None
+        and q.shape[1] % mesh.shape["sequence"] == 0
+        and mesh.shape["sequence"] > 1
+    ):
+        run = functools.partial(
+            attend, windows=windows, scale=scale, soft_cap=soft_cap, implementation=asked
+        )
+        return _split_over_sequence(run, q, k, v, query_segments, key_segments, layer, mesh=mesh)
     window = layer_window(windows, layer)
     if implementation == "chunked":
         return chunked_attention(
