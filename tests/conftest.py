@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 # Before anything imports jax: it reads these once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiles in a fourth of the time, and what it makes is no slower at the sizes of tests. See also
+# Compiles in a third of the time, and what it makes is no slower at the sizes of tests. See also
 # `compiled_as_for_users`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = flags.xla_flags(8)

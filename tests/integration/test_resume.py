@@ -400,7 +400,7 @@ def test_of_a_truncated_last_checkpoint_the_one_before_is_used(tmp_path, uninter
 def test_it_goes_on_on_another_mesh(tmp_path, uninterrupted):
     place, expected = copy_of(uninterrupted, "sft", tmp_path)
     shutil.rmtree(place.run / "checkpoints/14")
-    place.flags = "--xla_force_host_platform_device_count=4"
+    place.flags = xla_flags(4)
     status, text = place.finish("mesh={fsdp: 2, tensor: 2}")
     assert status == 0 and "resumed from step 12 of 14" in text, text
     found = place.content()
