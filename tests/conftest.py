@@ -1,11 +1,14 @@
 """Every test runs on the CPU, seen as eight devices, with one compilation cache for all of them."""
 
+import gc
 import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import flags
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and their processes too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -14,22 +17,17 @@ REPO = Path(__file__).resolve().parent.parent
 
 # Before anything imports jax: it reads these once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        *(f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f),
-        "--xla_force_host_platform_device_count=8",
-    ]
-)
-# Compiles in half the time, and what it makes is no slower at the sizes of tests. See also
+# Compiles in a third of the time, and what it makes is no slower at the sizes of tests. See also
 # `compiled_as_for_users`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = flags.xla_flags(8)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # In the environment, so that the processes which tests start share the cache. Not in a folder that
 # other users can write to: it holds programs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax-tests"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 @pytest.fixture(scope="session")
@@ -41,24 +39,24 @@ def real_data() -> Path:
     return folder
 
 
+def pytest_collection_finish():
+    """Looks for garbage less often: traces are many objects, and hardly any of them in cycles."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """Forgets compiled programs once there are many. Each takes several memory maps, of which Linux
     gives a process 65,530: without this a worker ran out of them near the end, and died."""
     yield
     maps = Path("/proc/self/maps")
-    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 10_000:
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 5_000:
         sys.modules["jax"].clear_caches()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compiled_as_for_users():
     """Machine code as users get it, for tests that are about its last bits."""
-    import jax
-
-    is_quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", is_quick)
-    jax.clear_caches()
+    with flags.as_for_users():
+        yield

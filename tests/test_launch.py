@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from alignjax.cli.main import TERMINATED, USER_ERROR
+from tests.flags import xla_flags
 
 REPO = Path(__file__).resolve().parent.parent
 LAUNCH = REPO / "launch"
@@ -135,7 +136,7 @@ class Slurm:
         env = environment(
             self.folder,
             PYTHONPATH=str(REPO),
-            XLA_FLAGS="--xla_force_host_platform_device_count=2",
+            XLA_FLAGS=xla_flags(2),
             SLURM_SUBMIT_DIR=str(self.folder),
             SLURM_JOB_ID=str(os.getpid()),
         )

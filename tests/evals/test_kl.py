@@ -13,6 +13,7 @@ from alignjax.evals.run import EvalConfig, evaluate
 from alignjax.models import Model, ModelConfig, save
 from alignjax.phases.scoring import Rewards
 from alignjax.text import vocab_tokenizer
+from tests import alone
 
 TOKENS = ["<pad>", "<bos>", "<eos>", *"abcd"]
 LENGTH = {"function": "format.length", "args": {"max_tokens": 4}}
@@ -54,15 +55,11 @@ def config(root, **more):
 
 
 def logp(model, params, sample):
-    """Of a completion, a token at a time, in float64 from the logits."""
-    ids = np.concatenate([sample.prompt_ids, sample.completion_ids]).astype(np.int32)[None]
-    batch = ids, np.ones_like(ids), np.arange(ids.size, dtype=np.int32)[None]
-    logits = np.asarray(model.logits(params, model.apply(params, *batch)[0]), np.float64)[0]
-    total = 0.0
-    for t in range(len(sample.prompt_ids), ids.size):
-        z = logits[t - 1]
-        total += z[ids[0, t]] - np.log(np.exp(z - z.max()).sum()) - z.max()
-    return total
+    """Of a completion in a row of its own, token by token."""
+    ids = np.concatenate([sample.prompt_ids, sample.completion_ids])
+    every = alone.logps(model, params, 1.0, *alone.rows(ids, width=16))
+    logps = np.asarray(every, np.float64)[0]
+    return sum(logps[t - 1, ids[t]] for t in range(len(sample.prompt_ids), ids.size))
 
 
 def test_it_is_the_mean_log_ratio_of_what_was_sampled(root):

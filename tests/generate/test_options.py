@@ -113,6 +113,12 @@ def test_seeds_decide_the_samples_of_a_prompt_wherever_it_stands(policy, sample)
     assert not np.array_equal(out.tokens, sample(sampling).tokens)
 
 
+def test_each_token_is_drawn_by_itself(sample):
+    """Where all are as likely, two neighbours are the same once in 11."""
+    out = sample(Sampling(temperature=1e4, max_tokens=20, num_samples=2))
+    assert 0 < (out.tokens[:, 1:] == out.tokens[:, :-1]).mean() < 0.2
+
+
 def test_who_watches_gets_every_token_and_may_end_rows(policy, sample):
     sampling = Sampling(max_tokens=20, num_samples=2)
     whole, seen, dones = sample(sampling), {}, []

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.flags import xla_flags
+
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -16,7 +18,7 @@ def start(folder):
     return subprocess.Popen(
         [sys.executable, "-m", "alignjax", "run", "r.yaml"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": xla_flags()},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

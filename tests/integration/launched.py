@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from alignjax.train.metrics import TIMINGS
+from tests.flags import xla_flags
 
 REPO = Path(__file__).resolve().parents[2]
 NUM_DEVICES = 4
@@ -23,7 +24,7 @@ class Run:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
-        flags = f"--xla_force_host_platform_device_count={NUM_DEVICES // number}"
+        flags = xla_flags(NUM_DEVICES // number)
         env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(REPO)}
         if number > 1:
             env |= {

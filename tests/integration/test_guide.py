@@ -13,6 +13,7 @@ from alignjax.core.config import build, loads
 from alignjax.evals.run import EvalConfig
 from alignjax.evals.win_rate import CompareConfig
 from alignjax.rewards.constitution import Constitution
+from tests.flags import xla_flags
 
 REPO = Path(__file__).resolve().parents[2]
 GUIDE = (REPO / "docs" / "guide.md").read_text(encoding="utf-8")
@@ -41,7 +42,7 @@ def test_it_runs(tmp_path):
         **os.environ,
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "PYTHONPATH": str(REPO),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": xla_flags(),
     }
     # Files first: a command may refer to one that stands further down.
     for language, name, text in BLOCKS:

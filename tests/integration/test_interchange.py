@@ -15,6 +15,7 @@ import yaml
 from alignjax.cli.main import main
 from alignjax.recipes import chains
 from alignjax.text import load_tokenizer, train_sentencepiece
+from tests import alone
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -124,15 +125,11 @@ def load_theirs(folder):
 
 def logits_of_ours(folder, ids):
     """[T, V] float32, of one sequence."""
-    import jax.numpy as jnp
-
     from alignjax.models import load
 
     model, params = load(folder)
-    length = len(ids)
-    tokens = jnp.array([ids], jnp.int32)
-    hidden, _ = model.apply(params, tokens, jnp.ones_like(tokens), jnp.arange(length)[None])
-    return np.asarray(hidden[0] @ model.unembedding(params))
+    hidden = alone.hidden(model, params, *alone.rows(ids, width=64))
+    return np.asarray(hidden[0, : len(ids)] @ model.unembedding(params))
 
 
 def greedy_of_theirs(folder, prompt, num_tokens):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.flags import xla_flags
 from tests.rewards.judge_server import Server, says, waits
 
 REPO = Path(__file__).resolve().parents[2]
@@ -52,7 +53,7 @@ def test_killed_and_continued(tmp_path):
         return subprocess.Popen(
             [sys.executable, "-m", "alignjax", "run", "label.yaml"],
             cwd=tmp_path / folder,
-            env={**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": "", "JUDGE_KEY": KEY},
+            env={**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": xla_flags(), "JUDGE_KEY": KEY},
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,

@@ -10,6 +10,8 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
+from tests.flags import xla_flags
+
 REPO = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -59,7 +61,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("ALIGNJAX_SMOKE", "1")
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     # One device, as most people have: the eight of the other tests would only take time here.
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags())
     return tmp_path
 
 

@@ -22,6 +22,7 @@ from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes import chains, sevens
 from alignjax.text import load_tokenizer
 from alignjax.train.metrics import TIMINGS
+from tests.flags import xla_flags
 
 # What is compared is read as it stands in the file.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -152,7 +153,7 @@ class Place:
         load_tokenizer(folder / "tokenizer").save(str(folder / "base"))
         (folder / "rewards.py").write_text(REWARD)
         (folder / "config.yaml").write_text(yaml.safe_dump((CONFIGS | DISTILL)[phase]))
-        self.flags = "--xla_force_host_platform_device_count=2" if phase == "ahead" else ""
+        self.flags = xla_flags(2 if phase == "ahead" else 1)
 
     def start(self, *overrides):
         env = os.environ | {
@@ -399,7 +400,7 @@ def test_of_a_truncated_last_checkpoint_the_one_before_is_used(tmp_path, uninter
 def test_it_goes_on_on_another_mesh(tmp_path, uninterrupted):
     place, expected = copy_of(uninterrupted, "sft", tmp_path)
     shutil.rmtree(place.run / "checkpoints/14")
-    place.flags = "--xla_force_host_platform_device_count=4"
+    place.flags = xla_flags(4)
     status, text = place.finish("mesh={fsdp: 2, tensor: 2}")
     assert status == 0 and "resumed from step 12 of 14" in text, text
     found = place.content()

@@ -29,6 +29,7 @@ from alignjax.recipes import chains
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.text import load_tokenizer
 from alignjax.train.loop import StopRunError
+from tests import alone
 
 VOCAB = 23
 
@@ -478,14 +479,12 @@ def test_kl_is_taken_off_the_rewards(make, watch, estimator, term):
     ((collected, batches),) = collect(phase)
     found = {key: value for batch in batches for key, value in sequences(batch).items()}
     model, params = phase._policy.model, phase._reference
-    kls = []
-    for (prompt, completion), old in sampled(phase):
-        ids = np.array([prompt + completion], np.int32)
-        ones, times = np.ones_like(ids), np.arange(ids.size, dtype=np.int32)[None]
-        hidden, _ = model.apply(params, ids, ones, times)
-        mask = times >= len(prompt)
-        ref = next_token_logps(hidden, model.unembedding(params), ids, mask).logps
-        kls.append(term(old - np.asarray(ref)[0, len(prompt) :]))
+    texts = [prompt + completion for (prompt, completion), _ in sampled(phase)]
+    every = np.asarray(alone.next_logps(model, params, 1.0, *alone.rows(*texts, width=26)))
+    kls = [
+        term(old - ref[len(prompt) - 1 : len(prompt) - 1 + len(old)])
+        for ((prompt, _), old), ref in zip(sampled(phase), every, strict=True)
+    ]
     left = np.array(rewards, np.float64) - 0.5 * np.array([k.sum() for k in kls]).reshape(4, 3)
     groups = zip(sampled(phase), left.reshape(-1), left.repeat(3, axis=0), strict=True)
     for (key, _), reward, group in groups:

@@ -14,6 +14,7 @@ from alignjax.recipes import chains
 from alignjax.rewards.rollout import Rollouts, Task
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.train.checkpoint import Checkpointer
+from tests import alone
 from tests.phases import rl
 from tests.phases.compiled import compilations
 from tests.phases.preferences import MODEL, assert_same, run
@@ -111,17 +112,21 @@ def test_it_learns_to_be_rewarded_at_a_kl_that_is_measured(world):
     assert seen[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert before["eval/sampled/kl"] == pytest.approx(0, abs=1e-4)
     # By all logits of each sample by itself.
-    (found,), model, ratios = kept, phase._policy.model, []
-    for i, ids in enumerate(found.completions.tokens):
-        prompt, num = found.tasks[i // 4].tokens, found.completions.lengths[i]
-        whole = np.concatenate([prompt, ids[:num]])[None].astype(np.int32)
-        both = []
-        for params in (state.params, first):
-            hidden, _ = model.apply(params, whole, np.ones_like(whole), np.arange(whole.size)[None])
-            logits = (hidden[0] @ model.unembedding(params)) / 0.8
-            logps = jax.nn.log_softmax(logits)
-            both.append(logps[np.arange(len(prompt) - 1, whole.size - 1), whole[0, -num:]].sum())
-        ratios.append(both[0] - both[1])
+    (found,) = kept
+    prompts, lengths = [found.tasks[i // 4].tokens for i in range(64)], found.completions.lengths
+    texts = [
+        np.concatenate([prompt, ids[:num]])
+        for prompt, ids, num in zip(prompts, found.completions.tokens, lengths, strict=True)
+    ]
+    rows = alone.rows(*texts, width=24)
+    after_it, before_it = (
+        np.asarray(alone.next_logps(phase._policy.model, params, 0.8, *rows))
+        for params in (state.params, first)
+    )
+    ratios = [
+        (after_it - before_it)[i, len(prompt) - 1 : len(prompt) + num - 1].sum()
+        for i, (prompt, num) in enumerate(zip(prompts, lengths, strict=True))
+    ]
     assert after["eval/sampled/kl"] == pytest.approx(np.mean(ratios), rel=1e-3)
     assert after["eval/sampled/kl"] > 1
 

@@ -23,6 +23,7 @@ from alignjax.rewards.rollout import Rollouts, Task
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.text import load_tokenizer, vocab_tokenizer
 from alignjax.train.loop import StopRunError
+from tests import alone
 
 SHAPE = {
     "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32,
@@ -105,31 +106,23 @@ WIDTH = 24
 # --- the independent one ------------------------------------------------------------------------
 
 
-def alone(ids):
-    """Tokens, segments and positions of a row with nothing else in it."""
-    row = np.zeros((1, WIDTH), np.int32)
-    row[0, : len(ids)] = ids
-    at = np.arange(WIDTH, dtype=np.int32)[None]
-    return row, (at < len(ids)).astype(np.int32), at
+def logps_of(model, params, texts, temperature):
+    """[N, WIDTH - 1]: log-probs of the tokens after the first, and more than a text has."""
+    return alone.next_logps(model, params, temperature, *alone.rows(*texts, width=WIDTH))
 
 
-def logps_of(model, params, ids, temperature):
-    """Log-probs of ids[1:], alone in a row."""
-    row, segments, positions = alone(ids)
-    hidden, _ = model.apply(params, row, segments, positions)
-    logp = jax.nn.log_softmax(model.logits(params, hidden)[0] / temperature)
-    return jnp.take_along_axis(logp[:-1], row[0, 1:, None], 1)[: len(ids) - 1, 0]
-
-
-def values_before(phase, params, ids):
-    """Values of the states in which ids[1:] were chosen: each is read at the token before."""
+def values_before(phase, params, texts):
+    """[N, WIDTH]: values of the states in which the tokens after the first were chosen, and more:
+    each is read at the token before."""
+    rows = alone.rows(*texts, width=WIDTH)
     if "value_head" in params:
-        hidden, _ = phase._policy.model.apply(params["policy"], *alone(ids))
+        hidden = alone.hidden(phase._policy.model, params["policy"], *rows)
         head, offset = params["value_head"], 0.0
     else:
-        hidden, _ = phase._critic._model.decoder.apply(params["critic"]["decoder"], *alone(ids))
+        decoder = phase._critic._model.decoder
+        hidden = alone.hidden(decoder, params["critic"]["decoder"], *rows)
         head, offset = params["critic"]["head"], 0.3 / 0.5  # As rm/reward.json has it.
-    return (hidden[0].astype(jnp.float32) @ head["kernel"] - offset)[: len(ids) - 1]
+    return hidden.astype(jnp.float32) @ head["kernel"] - offset
 
 
 def f64(x):
@@ -169,9 +162,11 @@ def independent_loss(phase, params, sequences, texts, xp=jnp):
     model = phase._policy.model
     cast = f64 if xp is np else lambda x: x
     policy, value, num = 0.0, 0.0, 0
-    for s in sequences:
-        new = cast(logps_of(model, params["policy"], s["ids"], temperature))[s["P"] - 1 :]
-        v = cast(values_before(phase, params, s["ids"]))[s["P"] - 1 :]
+    every = [s["ids"] for s in sequences]
+    logps = cast(logps_of(model, params["policy"], every, temperature))
+    values = cast(values_before(phase, params, every))
+    for i, s in enumerate(sequences):
+        new, v = logps[i, s["span"]], values[i, s["span"]]
         ratio = xp.exp(new - s["old"])
         clipped = xp.clip(ratio, 1 - algorithm.clip_low, 1 + algorithm.clip_high)
         one = xp.maximum(-ratio * s["adv"], -clipped * s["adv"])
@@ -182,9 +177,10 @@ def independent_loss(phase, params, sequences, texts, xp=jnp):
         value += 0.5 * xp.sum(xp.maximum((v - s["ret"]) ** 2, (near - s["ret"]) ** 2))
         num += len(s["old"])
     nll, num_targets = 0.0, 0
-    for ids, mask in texts:
-        logps = cast(logps_of(model, params["policy"], ids, 1.0))
-        nll -= xp.sum(xp.where(mask[1:], logps, 0.0))
+    if texts:
+        logps = cast(logps_of(model, params["policy"], [ids for ids, _ in texts], 1.0))
+    for i, (ids, mask) in enumerate(texts):
+        nll -= xp.sum(xp.where(mask[1:], logps[i, : len(ids) - 1], 0.0))
         num_targets += mask.sum()
     parts = policy / num, value / num, nll / max(num_targets, 1)
     return parts[0] + algorithm.value_coef * parts[1] + algorithm.ptx_coef * parts[2], *parts
@@ -233,17 +229,17 @@ def test_the_first_iteration_is_that_of_an_independent_one(make, world, case):
     prompts = next(phase._sampler.records())
     state, collected = phase.collect(state, records)
 
+    every = [np.concatenate([prompts[i].tokens, TOKENS[i, : LENGTHS[i]]]) for i in range(8)]
+    ref = f64(logps_of(phase._policy.model, params["policy"], every, temperature))
+    values = f64(values_before(phase, params, every))
     sequences = []
-    for i, reward in enumerate(REWARDS):
+    for i, (ids, reward) in enumerate(zip(every, REWARDS, strict=True)):
         if reward is None:
             continue
-        ids = np.concatenate([prompts[i].tokens, TOKENS[i, : LENGTHS[i]]])
-        P = len(prompts[i].tokens)
+        span = slice(len(prompts[i].tokens) - 1, len(ids) - 1)
         sequences.append({
-            "ids": ids, "P": P, "old": f64(LOGPS[i, : LENGTHS[i]]),
-            "ref": f64(logps_of(phase._policy.model, params["policy"], ids, temperature))[P - 1 :],
-            "v": f64(values_before(phase, params, ids))[P - 1 :],
-            "score": reward - (0.4 if LENGTHS[i] == 8 else 0.0),
+            "ids": ids, "span": span, "old": f64(LOGPS[i, : LENGTHS[i]]), "ref": ref[i, span],
+            "v": values[i, span], "score": reward - (0.4 if LENGTHS[i] == 8 else 0.0),
         })  # fmt: skip
     chain(algorithm, sequences)
     assert np.std(np.concatenate([s["v"] for s in sequences])) > 0.05
@@ -330,8 +326,8 @@ def test_a_critic_starts_as_the_reward_of_whole_texts(make, world, tmp_path):
     params = phase.init(jax.random.PRNGKey(0)).params
     ids = np.concatenate([np.array([1, 8, 9, 3], np.int32), TOKENS[1]])
     sample = Sample("p", "c", prompt_ids=ids[:4], completion_ids=ids[4:])
-    row = dict(zip(("tokens", "segment_ids", "positions"), map(jnp.asarray, alone(ids)),
-                   strict=True))  # fmt: skip
+    rows = map(jnp.asarray, alone.rows(ids, width=WIDTH))
+    row = dict(zip(("tokens", "segment_ids", "positions"), rows, strict=True))
     values = phase._critic.values(params, row, None)[0]
     (score,) = phase._sampler.rewards([sample])
     assert float(values[len(ids) - 1]) == pytest.approx(score.value, abs=1e-5)

@@ -194,14 +194,16 @@ def computed(monkeypatch):
     calls = []
     original = preference_step.reference_logps
 
-    def counted(*args):
-        calls.append(args)
-        return original(*args)
+    def jit(function, **options):
+        compiled = jax_jit(function, **options)
 
-    monkeypatch.setattr(
-        preference_step.jax, "jit",
-        lambda f, **k: counted if f is original else jax_jit(f, **k),
-    )  # fmt: skip
+        def counted(*args):
+            calls.append(args)
+            return compiled(*args)
+
+        return counted if function is original else compiled
+
+    monkeypatch.setattr(preference_step.jax, "jit", jit)
     return calls
 
 

@@ -17,6 +17,7 @@ from alignjax.phases.scoring import Rewards
 from alignjax.rewards.combine import RewardConfig, add_models
 from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.text import vocab_tokenizer
+from tests import alone
 
 TOKENS = ["<pad>", "<bos>", "<eos>", *"abcdefghij"]
 TOKENIZER = vocab_tokenizer(TOKENS)
@@ -62,11 +63,11 @@ def samples(num=40, longest=70, seed=0):
     return found
 
 
-def alone(model, params, sample):
-    """The score of one text in a row of its own, without padding, in float64 NumPy of its value."""
-    ids = np.concatenate([sample.prompt_ids, sample.completion_ids])[None]
-    values = model.apply(params, ids, np.ones_like(ids), np.arange(ids.size, dtype=np.int32)[None])
-    return float(np.asarray(values, np.float64)[0, -1])
+def score_of(model, params, sample):
+    """Of one text in a row of its own, in float64 NumPy of its value."""
+    ids = np.concatenate([sample.prompt_ids, sample.completion_ids])
+    values = alone.values(model, params, *alone.rows(ids, width=80))
+    return float(np.asarray(values, np.float64)[0, ids.size - 1])
 
 
 def config(folder, **more):
@@ -84,7 +85,7 @@ def test_a_score_is_that_of_the_last_sampled_id_however_texts_are_packed(
         found = rewards(given)
     assert len(found) == len(given)
     for sample, score in zip(given, found, strict=True):
-        expected = (alone(model, params, sample) - 0.5) / 2.0
+        expected = (score_of(model, params, sample) - 0.5) / 2.0
         assert score.value == pytest.approx(expected, abs=2e-6)
         assert score.parts == {"rm": score.value} and score.error is None
     assert np.std([s.value for s in found]) > 0.1, "texts differ"
@@ -112,7 +113,7 @@ def test_explicit_moments_and_weights_and_functions_add_up(world, monkeypatch):
         models={"rm": {"path": str(folder), "weight": -3.0, "mean": 1.0, "std": 4.0}},
     )
     found = Rewards(both, TOKENIZER, mesh_of())(given)
-    values = [(alone(model, params, s) - 1.0) / 4.0 for s in given]
+    values = [(score_of(model, params, s) - 1.0) / 4.0 for s in given]
     for i, base in ((0, 1.0), (1, -1.0), (3, 0.0)):
         assert found[i].value == pytest.approx(base - 3.0 * values[i], abs=1e-5)
     assert found[0].parts == pytest.approx({"f": 4.0, "rm": values[0]}, abs=1e-5)
@@ -126,7 +127,7 @@ def test_a_model_without_moments_is_taken_as_it_is_with_a_warning(tmp_path):
     (warning,) = rewards.warnings
     assert "has no reward.json" in warning and "give mean and std" in warning
     (given,) = samples(1)
-    assert rewards([given])[0].value == pytest.approx(alone(model, params, given), abs=1e-6)
+    assert rewards([given])[0].value == pytest.approx(score_of(model, params, given), abs=1e-6)
     assert Rewards(config(tmp_path, mean=0.0, std=1.0), TOKENIZER, mesh_of()).warnings == []
 
 
@@ -143,7 +144,7 @@ def test_a_text_that_does_not_fit_fails_alone(world):
                                         completion_ids=np.full(21, 4, np.int32))  # fmt: skip
     first, second = Rewards(config(folder), TOKENIZER, mesh_of())([long, short])
     assert "81 tokens do not fit into its context of 80" in first.error and first.value is None
-    assert second.value == pytest.approx((alone(model, params, short) - 0.5) / 2, abs=2e-6)
+    assert second.value == pytest.approx((score_of(model, params, short) - 0.5) / 2, abs=2e-6)
     with pytest.raises(UserError, match=r"reward model 'rm' .* up to 81 tokens, but its context"):
         Rewards(config(folder), TOKENIZER, mesh_of(), max_tokens=81)
 
@@ -222,7 +223,7 @@ def test_a_model_scores_the_prompts_of_its_where_and_squashes_what_is_normalised
         }
     )
     found = Rewards(both, TOKENIZER, mesh_of())(given)
-    z = [(alone(model, params, sample) - 0.25) / 0.5 for sample in given]
+    z = [(score_of(model, params, sample) - 0.25) / 0.5 for sample in given]
     for i in (0, 2):
         sigmoid = 1 / (1 + math.exp(-z[i]))
         assert found[i].value == pytest.approx(3 * sigmoid, abs=1e-5)

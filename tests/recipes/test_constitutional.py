@@ -13,6 +13,7 @@ from alignjax.core.config import build, find_config, load
 from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes.graph import RecipeConfig
 from alignjax.text import vocab_tokenizer
+from tests.flags import xla_flags
 
 RECIPES = ("constitutional", "constitutional_qwen2_5_1_5b")
 STAGES = ["revisions", "sl_cai", "labels", "reward", "rl_cai", "dpo"]
@@ -82,7 +83,7 @@ def run(folder: Path, name: str, *words: str) -> str:
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "alignjax", "run", f"recipes/{name}", *small, *words],
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=folder,
         timeout=500,
         capture_output=True,

@@ -16,6 +16,7 @@ from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes.graph import RecipeConfig
 from alignjax.text import load_tokenizer
 from alignjax.train.metrics import read_metrics
+from tests.flags import xla_flags
 
 RECIPES = ["gsm8k_laptop", "gsm8k_qwen3_0_6b"]
 
@@ -116,7 +117,7 @@ def run(tmp_path: Path, name: str, *overrides: str) -> Path:
     subprocess.run(
         [sys.executable, "-m", "alignjax", "run", f"recipes/{name}", *overrides],
         check=True,
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=tmp_path,
         timeout=300,
     )

@@ -15,6 +15,7 @@ from alignjax.models import Model, ModelConfig, save
 from alignjax.recipes.graph import RecipeConfig
 from alignjax.text import vocab_tokenizer
 from alignjax.train.metrics import read_metrics
+from tests.flags import xla_flags
 
 RECIPES = [
     f"{recipe}_{where}"
@@ -107,7 +108,7 @@ def run(folder: Path, name: str, *overrides: str) -> str:
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "alignjax", "run", f"recipes/{name}", *small, *overrides],
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=folder,
         timeout=500,
         capture_output=True,

@@ -29,6 +29,7 @@ from alignjax.recipes import chains
 from alignjax.recipes.graph import RecipeConfig
 from alignjax.text import load_tokenizer
 from alignjax.train.metrics import TIMINGS
+from tests.flags import xla_flags
 from tests.integration.killed import REPO
 
 pytestmark = [
@@ -225,7 +226,7 @@ class Place:
         case.prepare(folder)
 
     def start(self) -> subprocess.Popen[str]:
-        environment = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": ""}
+        environment = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": xla_flags()}
         with (self.folder / "printed.txt").open("w") as printed:
             return subprocess.Popen(
                 self._command, cwd=self.folder, env=environment, stdout=printed,

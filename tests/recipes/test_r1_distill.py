@@ -17,6 +17,7 @@ from alignjax.phases.teacher import check_vocabulary
 from alignjax.recipes.graph import RecipeConfig
 from alignjax.text import load_tokenizer, train_sentencepiece
 from alignjax.train.metrics import read_metrics
+from tests.flags import xla_flags
 
 NAMES = ["r1_distill", "r1_distill_qwen3_1_7b"]
 
@@ -98,7 +99,7 @@ def test_the_recipe_runs_on_real_problems(real_data: Path, tmp_path: Path) -> No
     subprocess.run(
         [sys.executable, "-m", "alignjax", "run", "recipes/r1_distill_qwen3_1_7b", *overrides],
         check=True,
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=tmp_path,
         timeout=500,
     )

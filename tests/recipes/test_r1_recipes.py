@@ -15,6 +15,7 @@ from alignjax.recipes import notations, notations_corpus
 from alignjax.recipes.graph import RecipeConfig
 from alignjax.text import load_tokenizer
 from alignjax.train.metrics import read_metrics
+from tests.flags import xla_flags
 
 STARTS = {"dev1": "base", "dev2": "dev1", "dev3": "base", "r1": "dev3"}
 
@@ -80,7 +81,7 @@ def run(folder: Path, name: str, *overrides: str) -> Path:
     subprocess.run(
         [sys.executable, "-m", "alignjax", "run", f"recipes/{name}", *overrides],
         check=True,
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=folder,
         timeout=600,
     )

@@ -15,6 +15,7 @@ from alignjax.recipes import sevens
 from alignjax.recipes.graph import RecipeConfig
 from alignjax.recipes.stage import run_data_phase
 from alignjax.train.metrics import read_metrics
+from tests.flags import xla_flags
 from tests.recipes.test_instructgpt import write_model, write_pairs
 from tests.rewards.judge_server import Server, says
 
@@ -94,7 +95,8 @@ def run(folder: Path, name: str, *overrides: str, **environment: str) -> str:
         small += [f"stages.{stage}.{value}" for value in values]
     done = subprocess.run(
         [sys.executable, "-m", "alignjax", "run", f"recipes/{name}", *small, *overrides],
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+        env=os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": os.pathsep.join(sys.path)}
+        | environment,
         cwd=folder, timeout=900, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from alignjax.sharding import MeshConfig, init_sharded, make_mesh, put_batch, shardings
 from alignjax.sharding.mesh import BATCH_AXES
+from tests.flags import xla_flags
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -133,8 +134,7 @@ def test_two_processes():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=2"
-    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(REPO)}
+    env = os.environ | {"XLA_FLAGS": xla_flags(2), "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", WORKER, str(port)]
     workers = [
         subprocess.Popen([*command, str(i)], env=env, text=True, stdout=-1, stderr=-1)
