@@ -21,6 +21,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # `compiled_as_for_users`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = flags.xla_flags(8)
+# Threads for eight devices, which wait for each other in them; on two cores XLA would have two, and
+# of some programs the devices would wait for ever (as `cli.runtime.prepare`).
+os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
