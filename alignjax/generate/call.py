@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -99,7 +100,12 @@ class Call:
             own=empty_own(self._model, num_rows, ladder.first_capacity, is_int8=self._is_int8),
         )
         places = ladder.prompts, ladder.width
-        return empty_prompts(self._model, *places, is_int8=self._is_int8), rows
+        empty = empty_prompts(self._model, *places, is_int8=self._is_int8), rows
+        if self._mesh is not None and not self._mesh.local_devices:
+            # Nothing is computed here. Of a mesh of a single far device, jax takes no arrays but
+            # those that lie there and NumPy's: of others it dies.
+            return jax.tree.map(np.asarray, empty)
+        return empty
 
     def _end(self, rows: Iterable[int]) -> None:
         """Frees the slots of rows, and takes those that wait off the queue."""

@@ -44,7 +44,7 @@ from alignjax.phases.rollouts import (
     shown_first,
 )
 from alignjax.rewards.rollout import Rollouts
-from alignjax.sharding import batch_shards, copied, fetch, put_batch
+from alignjax.sharding import batch_shards, copied, fetch, placed, put_batch
 from alignjax.train.loop import Collected, Evaluated
 from alignjax.train.optim import Optimizer, make_optimizer
 from alignjax.train.state import TrainState, create_state
@@ -178,8 +178,8 @@ class Ppo:
         warnings += self._sampler.check(rollouts.scores)
         metrics = sample_metrics([rollouts])
         metrics["val/num_eos_tokens"] = float((~rollouts.is_truncated).sum())
-        moments, scores = trained_scores(algorithm, state.extra.moments, rollouts)
-        control = state.extra.control
+        control, moments = fetch(state.extra)
+        moments, scores = trained_scores(algorithm, moments, rollouts)
         chosen = np.flatnonzero(np.isfinite(scores))
         sequences = [sequence(rollouts, int(i)) for i in chosen]
         if sequences:
@@ -187,7 +187,7 @@ class Ppo:
             kl = metrics["objective/kl"]
             control = controlled(algorithm, control, kl, len(sequences))
         new = Extra(control, moments)
-        extra = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), new, state.extra)
+        extra = jax.tree.map(lambda x, old: placed(np.asarray(x), old.sharding), new, state.extra)
         texts = [next(records.texts) for _ in range(self._num_updates)] if records.texts else []
         return state._replace(extra=extra), Collected(
             batches=self._batches(sequences, texts, step),
@@ -225,7 +225,7 @@ class Ppo:
             for one, part in zip(sequences, parts, strict=True):
                 one[name] = np.where(one["mask"], part, np.float32(0))
         mean_kl = mean_sum(kl)
-        price = float(fetch(kl_coef))
+        price = float(kl_coef)
         non_score = -price * mean_kl
         mask = packed["mask"].reshape(found.returns.shape)
         returns, values = found.returns[mask], arrays["old_values"].reshape(mask.shape)[mask]

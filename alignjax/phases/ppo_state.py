@@ -17,7 +17,6 @@ from alignjax.losses import KlControl, RunningMoments
 from alignjax.phases.common import Policy
 from alignjax.phases.ppo_config import PpoAlgorithm, PpoConfig
 from alignjax.rewards.rollout import Rollouts
-from alignjax.sharding import fetch
 
 
 class Extra(NamedTuple):
@@ -80,7 +79,7 @@ def trained_scores(
         found = losses.missing_eos_penalty(
             found, has_eos, jnp.asarray(is_valid), penalty=algorithm.missing_eos_penalty
         )
-    return moments, np.where(is_valid, fetch(found), np.nan).reshape(-1)
+    return moments, np.where(is_valid, np.asarray(found), np.nan).reshape(-1)
 
 
 CONTROLS: Mapping[str, Callable[..., KlControl]] = {

@@ -9,6 +9,7 @@ from alignjax.sharding.place import (
     fetch,
     holders,
     init_sharded,
+    placed,
     put_batch,
 )
 from alignjax.sharding.rules import fit, shardings
@@ -25,6 +26,7 @@ __all__ = [
     "init_sharded",
     "make_mesh",
     "moved",
+    "placed",
     "put_batch",
     "sent",
     "shardings",

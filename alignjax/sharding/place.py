@@ -54,7 +54,7 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0) -> dict
     """
     arrays = {name: np.asarray(value) for name, value in batch.items()}
     targets = batch_shardings(arrays, mesh, batch_axis)
-    return {name: _placed(array, targets[name]) for name, array in arrays.items()}
+    return {name: placed(array, targets[name]) for name, array in arrays.items()}
 
 
 def batch_shardings(
@@ -127,7 +127,8 @@ def _holders(array: Any) -> set[int]:
     return {*range(jax.process_count())}
 
 
-def _placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same one in every process -> a global array."""
     # `device_put` would compare the arrays of all processes first.
     dtype = jax.dtypes.canonicalize_dtype(array.dtype)
     return jax.make_array_from_callback(

@@ -18,13 +18,13 @@ NUM_DEVICES = 4
 
 
 class Run:
-    """Processes of one `alignjax run`, with 4 devices among them."""
+    """Processes of one `alignjax run`, with so many devices among them."""
 
-    def __init__(self, folder, number, phase, *overrides):
+    def __init__(self, folder, number, phase, *overrides, num_devices=NUM_DEVICES):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
-        flags = xla_flags(NUM_DEVICES // number)
+        flags = xla_flags(num_devices // number)
         env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(REPO)}
         if number > 1:
             env |= {

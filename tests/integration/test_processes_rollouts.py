@@ -62,6 +62,19 @@ def test_processes_that_sample_for_others_are_one_that_does_both(folder, phase):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("phase", ["grpo", "ppo"])
+def test_a_process_of_one_device_samples_for_one(folder, phase):
+    """With what else changes in PPO. JAX calls programs of a single device by a way of its own."""
+    more = ("algorithm.scale_scores=true", "algorithm.kl_control=adaptive",
+            "algorithm.kl_target=0.1", "algorithm.kl_horizon=20")  # fmt: skip
+    more = (*BEHIND, "mesh={data: 1}", *(more if phase == "ppo" else ()))
+    for number, way in ((1, "rollout.devices=1"), (2, "rollout.processes=1")):
+        run = Run(folder, number, phase, f"name={phase}_of_one_{number}", *more, way, num_devices=2)
+        assert run.wait() == [0] * number, run.text()
+    assert_same(*(metrics_of(folder, f"{phase}_of_one_{n}") for n in (2, 1)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["rollout.devices=2", "rollout.processes=1"])
 def test_two_processes_that_sample_in_turn_elsewhere_are_two_that_do_not(folder, way):
     ways = {way: ("mesh={data: 2}", way), "here": ("mesh={data: 4}",)}
