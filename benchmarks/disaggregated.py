@@ -255,7 +255,8 @@ def main() -> None:
             for size in SIZES
         }
     )
-    here = {"note": args.note, "cores": len(args.cores), "xla_flags": FLAGS, **measured}
+    flags = FLAGS.format(1 if args.what == "processes" else 2)
+    here = {"note": args.note, "cores": len(args.cores), "xla_flags": flags, **measured}
     kept = {name: before[name] for name in ("processes", "devices", "learn") if name in before}
     record.write(args.out, {**kept, args.what: {**record.circumstances(), **here}})
 
