@@ -60,15 +60,22 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["sft", "reward", "preference", "grpo", "ppo"])
-def test_two_processes_train_as_one(folder, phase):
-    for number in (1, 2):
-        run = Run(folder, number, phase, f"name={phase}_{number}")
+def test_two_and_four_processes_train_as_one(folder, phase):
+    """Of two devices each."""
+    sizes = {1: (4, {}), 2: (4, {}), 4: (8, {"data": 4})}
+    for number, (num_devices, mesh) in sizes.items():
+        changes = [f"mesh.{axis}={size}" for axis, size in mesh.items()]
+        name = f"name={phase}_{number}"
+        run = Run(folder, number, phase, name, *changes, num_devices=num_devices)
         assert run.wait() == [0] * number, run.text()
-    assert_same(metrics_of(folder, f"{phase}_2"), metrics_of(folder, f"{phase}_1"))
-    weights = [
-        (folder / f"runs/{phase}_{n}/model/model.safetensors").stat().st_size for n in (1, 2)
-    ]
-    assert weights[0] == weights[1]
+    one, *others = (metrics_of(folder, f"{phase}_{number}") for number in sizes)
+    for other in others:
+        assert_same(other, one)
+    weights = {
+        (folder / f"runs/{phase}_{number}/model/model.safetensors").stat().st_size
+        for number in sizes
+    }
+    assert len(weights) == 1
 
 
 @pytest.mark.slow
