@@ -104,7 +104,7 @@ class Call:
         if self._mesh is not None and not self._mesh.local_devices:
             # Nothing is computed here. Of a mesh of a single far device, jax takes no arrays but
             # those that lie there and NumPy's: of others it dies.
-            return jax.tree.map(np.asarray, empty)
+            return jax.tree.map(lambda x: np.asarray(x) if x.is_fully_addressable else x, empty)
         return empty
 
     def _end(self, rows: Iterable[int]) -> None:

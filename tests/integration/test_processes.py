@@ -60,21 +60,15 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["sft", "reward", "preference", "grpo", "ppo"])
-def test_two_and_four_processes_train_as_one(folder, phase):
-    """Of two devices each."""
-    sizes = {1: (4, {}), 2: (4, {}), 4: (8, {"data": 4})}
-    for number, (num_devices, mesh) in sizes.items():
-        changes = [f"mesh.{axis}={size}" for axis, size in mesh.items()]
-        name = f"name={phase}_{number}"
-        run = Run(folder, number, phase, name, *changes, num_devices=num_devices)
+@pytest.mark.parametrize(("many", "data"), [(2, 2), (4, 4)])
+def test_processes_of_two_devices_train_as_one_of_all(folder, phase, many, data):
+    runs = [f"{phase}_{number}_of_{many}" for number in (1, many)]
+    for name, number in zip(runs, (1, many), strict=True):
+        options = f"name={name}", f"mesh.data={data}"
+        run = Run(folder, number, phase, *options, num_devices=2 * many)
         assert run.wait() == [0] * number, run.text()
-    one, *others = (metrics_of(folder, f"{phase}_{number}") for number in sizes)
-    for other in others:
-        assert_same(other, one)
-    weights = {
-        (folder / f"runs/{phase}_{number}/model/model.safetensors").stat().st_size
-        for number in sizes
-    }
+    assert_same(*(metrics_of(folder, name) for name in runs[::-1]))
+    weights = {(folder / f"runs/{name}/model/model.safetensors").stat().st_size for name in runs}
     assert len(weights) == 1
 
 
