@@ -70,6 +70,12 @@ class Call:
         self._max_tokens = np.repeat(max_tokens, self._num_samples)
         slots = self._slots
         self._read, self._rows = self._empty()
+        if self._mesh is not None and not self._mesh.local_devices:
+            # Nothing is computed here. Of a mesh of a single far device, jax takes no arrays but
+            # those that lie there and NumPy's: of others it dies.
+            self._read, self._rows = jax.tree.map(
+                lambda x: np.asarray(x) if x.is_fully_addressable else x, (self._read, self._rows)
+            )
         while self._queue or slots.num_live:
             if self._queue:
                 self._admit()
@@ -100,12 +106,7 @@ class Call:
             own=empty_own(self._model, num_rows, ladder.first_capacity, is_int8=self._is_int8),
         )
         places = ladder.prompts, ladder.width
-        empty = empty_prompts(self._model, *places, is_int8=self._is_int8), rows
-        if self._mesh is not None and not self._mesh.local_devices:
-            # Nothing is computed here. Of a mesh of a single far device, jax takes no arrays but
-            # those that lie there and NumPy's: of others it dies.
-            return jax.tree.map(lambda x: np.asarray(x) if x.is_fully_addressable else x, empty)
-        return empty
+        return empty_prompts(self._model, *places, is_int8=self._is_int8), rows
 
     def _end(self, rows: Iterable[int]) -> None:
         """Frees the slots of rows, and takes those that wait off the queue."""
