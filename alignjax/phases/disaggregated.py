@@ -142,7 +142,7 @@ class Ahead:
 
     def begin(self, state: TrainState, params: Params) -> TrainState:
         weights = self._sampler.weights
-        kept = weights.kept(params, weights.push(params)) if self._max_staleness else None
+        kept = weights.kept(params, weights.push(params).result()) if self._max_staleness else None
         return state._replace(behaviour=(kept,) * self._max_staleness)
 
     def records(self, records: Any) -> ReadAhead:
@@ -160,9 +160,9 @@ class Ahead:
         self._submit(pushed, records, key, step + self._max_staleness, version=step)
         rounds, records.delivered = self._in_flight.popleft().found.result()
         self._next = step + 1, records
-        pushed.result()
+        here = pushed.result()
         if self._max_staleness:
-            kept = weights.kept(params, pushed)
+            kept = weights.kept(params, here)
             state = state._replace(behaviour=(*state.behaviour, kept)[1:])
         return state, rounds
 

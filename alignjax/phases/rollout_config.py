@@ -128,20 +128,19 @@ class RolloutConfig(Config):
         """
         config = MeshConfig() if self.mesh is None else self.mesh
         training = [*mesh.devices.flat]
-        if self.processes:
+        if self.is_apart:
             others = [device for device in jax.devices() if device not in {*training}]
-            made = make_mesh(config, others, name="rollout.mesh")
-            order = [*made.devices.flat]
-        elif self.devices:
-            others = [device for device in jax.devices() if device not in {*training}]
-            others = _last_of_each(others, self.devices // jax.process_count())
+            if self.devices:
+                others = _last_of_each(others, self.devices // jax.process_count())
             if len(others) < self.devices:
                 raise ValueError(
                     f"a mesh of {len(training)} of {len(jax.devices())} devices leaves no "
                     f"{self.devices} to sample: make it by `RlConfig.training_mesh`"
                 )
             made = make_mesh(config, others, name="rollout.mesh")
-            order = _beside(training, [*made.devices.flat])
+            order = [*made.devices.flat]
+            if self.devices:
+                order = _beside(training, order)
         elif self.mesh is None:
             return mesh
         else:

@@ -101,9 +101,12 @@ class Weights:
         found.set_result(send())
         return found
 
-    def kept(self, params: Params, pushed: Future[Params]) -> Params:
-        """What a state keeps of parameters that were pushed, when they are here."""
-        here = pushed.result()
+    def kept(self, params: Params, here: Params) -> Params:
+        """What a state keeps of parameters that were pushed, and are here now.
+
+        Args:
+          params, here: as they train, and as `push` gave them.
+        """
         # A checkpoint has no arrays but those of the processes that train.
         return copied(params) if self._devices.is_far else here
 

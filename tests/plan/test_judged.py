@@ -19,18 +19,7 @@ from alignjax.plan.scorer import Samples
 from alignjax.plan.shapes import Shapes
 from alignjax.rewards.judge_answer import Question
 from alignjax.rewards.judge_config import JudgeConfig
-from alignjax.sharding import MeshConfig, make_mesh
-from tests.plan.small import config_of, make_world
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
+from tests.plan.small import config_of
 
 
 def judge_of(world, **options):

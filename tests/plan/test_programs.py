@@ -15,19 +15,8 @@ from alignjax.plan import memory
 from alignjax.plan.phases import PLANNED
 from alignjax.plan.programs import FROZEN, OPTIMIZER, PARAMS, REFERENCE, Program
 from alignjax.plan.shapes import Shapes
-from alignjax.sharding import MeshConfig, make_mesh
 from alignjax.train.step import Step
-from tests.plan.small import config_of, make_world
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
+from tests.plan.small import config_of
 
 
 class Caught(Exception):  # noqa: N818

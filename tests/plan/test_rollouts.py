@@ -12,14 +12,9 @@ from alignjax.plan import memory
 from alignjax.plan.phases import programs_of
 from alignjax.plan.programs import OPTIMIZER, PARAMS
 from alignjax.plan.shapes import Shapes
-from tests.plan.small import config_of, make_world
+from tests.plan.small import config_of
 
 STEP, LAY = "train step", "lay out the weights"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def config_with(world, devices, staleness=0, mesh=None, processes=0, **changes):
